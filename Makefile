@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on first use. `make` alone lists the targets.
 #   PYTHON=python3.12    interpreter for .venv (3.11 or newer)
 #   PYTEST_ARGS="-k x"   more arguments for pytest
+#   BASE=main BENCH_ARGS="--only step_speed"   of `make bench-compare`
 #   CUDA=13.0 TORCH=2.13.0 PYTHON=3.12 EXTRAS=s3   of `make docker-image`, see Dockerfile
 #   IMAGE=toolkit        name of that image
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 IMAGE ?= toolkit
 
-.PHONY: help quickstart test checks style lint lint-check type-check docs bench soak docker-image clean
+.PHONY: help quickstart test checks style lint lint-check type-check docs bench bench-compare soak docker-image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +21,7 @@ help:
 	@echo "make checks       lint, then test: what has to pass before a change is proposed"
 	@echo "make docs         build the docs site into build/docs (open build/docs/index.html)"
 	@echo "make bench        run every benchmark; each prints a table"
+	@echo "make bench-compare BASE=main   short benchmarks of that revision and of this tree, in turns"
 	@echo "make soak         run the slow tests"
 	@echo "make docker-image CUDA=13.0   build an image that trains (CUDA=cpu: without GPUs)"
 	@echo "make clean        remove caches and build output (.venv, data and runs stay)"
@@ -52,9 +54,13 @@ docs: .venv/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bench: .venv/.installed
-	@set -e; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; $(BIN)/python $$file; echo; \
+	@set -e; for file in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/[a-z]*.py)); do \
+		echo "== $$file"; TOOLKIT_MEASURE=0 $(BIN)/python $$file; echo; \
 	done
+
+bench-compare: .venv/.installed
+	$(if $(BASE),,$(error name a revision: make bench-compare BASE=main))
+	TOOLKIT_MEASURE=0 $(BIN)/python benchmarks/compare.py --base $(BASE) $(BENCH_ARGS)
 
 soak: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -17,12 +17,20 @@ from toolkit.storage.atomic import hash_file, write_json_atomic
 
 
 def write_corpus(
-    folder: Path, num_tokens: int, *, is_sparse: bool, hash_content: bool = True
+    folder: Path,
+    num_tokens: int,
+    *,
+    is_sparse: bool,
+    hash_content: bool = True,
+    mean_document: int = 0,
+    has_mask: bool = False,
 ) -> None:
     """A training split of `num_tokens` uint16 ids below 256.
 
     Sparse: all zeros, the file takes no room on disk. Otherwise random. Without `hash_content` the
-    manifest names an empty hash: reading 2 TB of zeros would take an hour.
+    manifest names an empty hash: reading 2 TB of zeros would take an hour. The documents have
+    `mean_document` tokens on average (0: there is one), a few of them many more than most, as in
+    real text. `has_mask`: the loss asks for every second eight tokens.
     """
     folder.mkdir(parents=True)
     tokens = folder / "train.bin"
@@ -31,16 +39,27 @@ def write_corpus(
             file.truncate(num_tokens * 2)
         else:
             file.write(np.random.default_rng(0).integers(0, 256, num_tokens, np.uint16).tobytes())
-    (folder / "train.idx").write_bytes(bytes(8))
+    starts = np.zeros(1, np.uint64)
+    if mean_document:
+        sizes = np.random.default_rng(1).lognormal(-0.5, 1.0, num_tokens // mean_document)
+        starts = np.append(
+            starts, np.cumsum(np.maximum(1, sizes * mean_document).astype(np.uint64))
+        )
+        starts = starts[starts < num_tokens]
+    (folder / "train.idx").write_bytes(starts.tobytes())
+    if has_mask:
+        (folder / "train.mask").write_bytes((np.arange(num_tokens) // 8 % 2).astype("u1").tobytes())
     tokenizer = ByteTokenizer()
     tokenizer.save(folder / "tokenizer")
     blocks = hash_blocks(tokens)
     info = SplitInfo(
         num_tokens=num_tokens,
-        num_documents=1,
+        num_documents=len(starts),
         text_bytes=num_tokens,
         content_hash=hash_file(tokens) if hash_content else "",
         block_hashes=[blocks[number] for number in range(NUM_BLOCKS)],
+        mask_hash=hash_file(folder / "train.mask") if has_mask else None,
+        num_targets=num_tokens // 2 if has_mask else None,
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

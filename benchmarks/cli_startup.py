@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from _report import Figure, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +25,9 @@ NOTHING = "python -c pass"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     beside = Path(sys.executable).with_name("toolkit")
     script = str(beside) if beside.exists() else shutil.which("toolkit")
     if script is None:
@@ -48,6 +51,11 @@ def main() -> None:
             name, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times)))
         )
     Console().print(table)
+    figures: list[Figure] = [
+        {"name": name, "value": statistics.median(times), "unit": "s", "better": "lower"}
+        for name, times in seconds.items()
+    ]
+    write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from _report import Figure, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,9 @@ LAUNCHERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds + 1):
@@ -50,6 +53,11 @@ def main() -> None:
         values = (statistics.median(times), min(times), max(times))
         table.add_row(name, *(f"{value:.2f}" for value in values), f"{ratio:.2f}")
     Console().print(table)
+    figures: list[Figure] = [
+        {"name": name, "value": statistics.median(times), "unit": "s", "better": "lower"}
+        for name, times in seconds.items()
+    ]
+    write_json(arguments.json, figures)
 
 
 def first_step(command: tuple[str, ...], folder: Path, name: str) -> float:
@@ -58,7 +66,8 @@ def first_step(command: tuple[str, ...], folder: Path, name: str) -> float:
     subprocess.run(
         [BIN / command[0], *command[1:], "--save-folder", run],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOOLKIT_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TOOLKIT_NUM_THREADS": "1", "TOOLKIT_MEASURE": "0"},
         check=True,
         capture_output=True,
     )

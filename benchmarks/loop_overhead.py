@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from _report import Figure, write_json
 from _synthetic import write_corpus
 from rich.console import Console
 from rich.table import Table
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="core to stay on; default: the last one")
     parser.add_argument("--tracker", help="a tracker, which toolkit is also run with")
     parser.add_argument("--only", help="comma-separated names of variants")
+    parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         core = max(os.sched_getaffinity(0)) if arguments.core is None else arguments.core
@@ -119,10 +121,32 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, variant in variants.items():
                 costs[name].append(variant(Path(folder), arguments.steps))
-    report(costs, arguments)
+    over = {name: over_bare(turns, costs["bare"]) for name, turns in costs.items()}
+    report(costs, over, arguments)
+    figures: list[Figure] = [
+        {"name": f"{name}, CPU over bare", "value": cost.cpu, "unit": "ms", "better": "lower"}
+        for name, cost in over.items()
+        if name != "bare"
+    ]
+    if {"toolkit", "Accelerate"} <= over.keys():
+        ratio = over["toolkit"].cpu / over["Accelerate"].cpu
+        print(f"toolkit's CPU time over bare is {ratio:.2f} of Accelerate's")
+        figures.append(
+            {"name": "toolkit of Accelerate", "value": ratio, "unit": "x", "better": "lower"}
+        )
+    write_json(arguments.json, figures)
 
 
-def report(costs: dict[str, list[Cost]], arguments: argparse.Namespace) -> None:
+def over_bare(turns: list[Cost], bare_turns: list[Cost]) -> Cost:
+    """Median of the differences within a round: both sides met the same load."""
+    rounds = list(zip(turns, bare_turns, strict=True))
+    wall, cpu = (statistics.median(mine[i] - its[i] for mine, its in rounds) for i in (0, 1))
+    return Cost(wall, cpu)
+
+
+def report(
+    costs: dict[str, list[Cost]], over: dict[str, Cost], arguments: argparse.Namespace
+) -> None:
     table = Table(
         title=f"{MODEL.num_parameters:,} parameters, {ROWS * SEQUENCE} tokens a step, 1 thread, "
         f"{arguments.rounds} turns of {arguments.steps} steps; ms per step"
@@ -131,15 +155,12 @@ def report(costs: dict[str, list[Cost]], arguments: argparse.Namespace) -> None:
     for column in ("wall (median)", "wall (best)", "CPU (median)", "over bare: wall", "CPU"):
         table.add_column(column, justify="right")
     for name, turns in costs.items():
-        # Differences within a round: both sides met the same load.
-        rounds = list(zip(turns, costs["bare"], strict=True))
-        over = [statistics.median(mine[i] - its[i] for mine, its in rounds) for i in (0, 1)]
         table.add_row(
             name,
             f"{statistics.median(turn.wall for turn in turns):.3f}",
             f"{min(turn.wall for turn in turns):.3f}",
             f"{statistics.median(turn.cpu for turn in turns):.3f}",
-            *(f"{difference:+.3f}" for difference in over),
+            *(f"{difference:+.3f}" for difference in over[name]),
         )
     Console(width=110).print(table)
 

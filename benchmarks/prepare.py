@@ -14,6 +14,9 @@ interpreter's standard library and of the installed packages, one document each,
     olmo       a process pool over files, `tokenizers.encode` for each document, raw ids written per
                file, as scripts for OLMo's corpora do
 
+`--formats` prints another table instead: how fast the documents are read out of every format, and
+how fast each format is prepared.
+
 Each runs in a process of its own, timed after its imports, and they take turns, so that other load
 on the machine hits all of them. Memory is the sum over a contestant's processes of what they use
 alone and their share of what they use together (PSS).
@@ -35,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from _report import Figure, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +55,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--formats", action="store_true", help="the table of formats instead")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -60,11 +66,21 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        run(folder, Path(temporary), arguments.megabytes * 1_000_000, arguments.repeats)
+        num_bytes = arguments.megabytes * 1_000_000
+        if arguments.formats:
+            from _prepare_formats import compare_formats
+
+            console = Console(width=120)
+            corpus, _ = corpora(console, folder, num_bytes)
+            texts = list(read_corpus(corpus))
+            figures = compare_formats(texts, Path(temporary) / "formats", corpus / "tokenizer")
+        else:
+            figures = run(folder, Path(temporary), num_bytes, arguments.repeats)
+        write_json(arguments.json, figures)
 
 
-def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> None:
-    console = Console(width=120)
+def corpora(console: Console, folder: Path, num_bytes: int) -> tuple[Path, Path]:
+    """The text, a quarter of it, and the tokenizer in both, made where they are missing."""
     large, small = folder / f"{num_bytes}", folder / f"{num_bytes // 4}"
     documents = None
     for place, size in ((large, num_bytes), (small, num_bytes // 4)):
@@ -78,7 +94,12 @@ def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> None:
     for place in (large, small):
         if not (place / "tokenizer").exists():
             (place / "tokenizer").symlink_to(tokenizer.resolve())
+    return large, small
 
+
+def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> list[Figure]:
+    console = Console(width=120)
+    large, small = corpora(console, folder, num_bytes)
     names = ["bare", "toolkit", "olmo"]
     try:
         import tiktoken  # noqa: F401
@@ -103,6 +124,11 @@ def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> None:
         f"resuming a job killed after {share:.0%} of its parts: {seconds:.2f} s until it encodes "
         f"again, {seconds / whole:.1%} of the job"
     )
+    figures = [Figure(name="prepare: memory", value=peak / 1e6, unit="MB", better="lower")]
+    for name, found in results.items():
+        seconds = statistics.median(result["seconds"] for result in found)
+        figures.append(Figure(name=f"prepare: {name}", value=seconds, unit="s", better="lower"))
+    return figures
 
 
 def report(console: Console, results: dict[str, list[dict[str, Any]]], corpus: Path) -> None:
@@ -113,15 +139,8 @@ def report(console: Console, results: dict[str, list[dict[str, Any]]], corpus: P
         title=f"{num_bytes / 1e6:.0f} MB of text, {VOCAB_SIZE:,} ids, {cores} cores, "
         f"{len(results['bare'])} turns"
     )
-    for column in (
-        "",
-        "seconds (median)",
-        "tokens",
-        "MB/s",
-        "of bare",
-        "peak MB",
-        "toolkit: times as fast",
-    ):
+    columns = ["", "seconds (median)", "tokens", "MB/s", "of bare", "peak MB"]
+    for column in (*columns, "toolkit: times as fast"):
         table.add_column(column, justify="right")
     for name, found in results.items():
         seconds = medians[name]

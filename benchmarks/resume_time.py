@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from _report import Figure, write_json
 from _synthetic import write_corpus
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 10_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
+    figures: list[Figure] = []
     table = Table(title=f"resuming, median of {arguments.rounds}")
     for column in ("checkpoint at step", "train.jsonl (MB)", "metrics (ms)", "first batch (ms)"):
         table.add_column(column, justify="right")
@@ -44,10 +47,16 @@ def main() -> None:
             size, metrics, batch = (
                 statistics.median(column) for column in zip(*rounds, strict=True)
             )
+            for what, seconds in (("metrics files", metrics), ("first batch", batch)):
+                name = f"resume after {step} steps: {what}"
+                figures.append(
+                    {"name": name, "value": 1e3 * seconds, "unit": "ms", "better": "lower"}
+                )
             table.add_row(
                 f"{step:,}", f"{size / 1e6:.1f}", f"{1e3 * metrics:.1f}", f"{1e3 * batch:.1f}"
             )
     Console().print(table)
+    write_json(arguments.json, figures)
 
 
 def open_loader(root: Path) -> TrainLoader:
@@ -73,7 +82,7 @@ def measure(loader: TrainLoader, step: int) -> tuple[int, float, float]:
         size = (path / "train.jsonl").stat().st_size
         os.sync()
         started = time.perf_counter()
-        MetricStreams(Path(folder), resume_step=step, tensorboard=False).close()
+        MetricStreams(Path(folder), resume_step=step, tensorboard=()).close()
         repaired = time.perf_counter()
         batches = loader.iterate(step)
         next(batches)

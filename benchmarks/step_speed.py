@@ -1,13 +1,17 @@
-"""Tokens per second of a training step: the toolkit, bare PyTorch, OLMo-core, in turns.
+"""Tokens per second of a training step: the toolkit, bare PyTorch, OLMo-core, litgpt, in turns.
 
-    python benchmarks/step_speed.py --olmo-python olmo-venv/bin/python
+    python benchmarks/step_speed.py --olmo-python olmo-venv/bin/python \\
+        --litgpt-python litgpt-venv/bin/python
 
 The model has 7.6M parameters (preset `bench_7M`), a step has 2,048 tokens in instances of 256.
 "toolkit" is the path of real runs: `TransformerTrainModule.train_batch` and `.optim_step`. "bare"
 is the loop anybody would write around the same model: forward, backward, clip, fused AdamW,
 zero_grad. "OLMo-core" is the same bare loop around OLMo-core's Transformer with its AdamW, eager
-(it does not compile on CPUs), in a process of its own because its dependencies differ; without
-`--olmo-python` it is left out.
+(it does not compile on CPUs). "litgpt" is the inner loop of `litgpt pretrain`, compiled. Both are
+in processes of their own because their dependencies differ; without `--olmo-python` and
+`--litgpt-python` they are left out. "bare" shares a process with the toolkit, and with it the
+settings that runs make: memory that is kept, and fp32 products by oneDNN on AMD's processors. "bare
+PyTorch, MKL" is without the latter.
 
 All take turns of a few steps, so that other load on the machine hits all of them; only one computes
 at any time. The first two steps of a turn refill the caches and are not counted. On a machine that
@@ -21,18 +25,21 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # As the command line does; read when torch is loaded, by the OLMo-core worker too.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import msgspec
 import torch
+from _report import Figure, write_json
 from rich.console import Console
 from rich.table import Table
 
 from toolkit.distributed.environment import single_environment
-from toolkit.distributed.tuning import keep_freed_memory
+from toolkit.distributed.tuning import keep_freed_memory, take_fast_products
 from toolkit.models.compile import compile_model
 from toolkit.models.config import ModelConfig
 from toolkit.models.loss import shift_labels
@@ -44,6 +51,7 @@ from toolkit.train.module import Progress
 BATCH, SEQUENCE, VOCABULARY = 8, 256, 8192
 TOKENS = BATCH * SEQUENCE
 UNCOUNTED = 2
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 Turn = Callable[[int], list[float]]
 """Does that many steps; seconds of each."""
@@ -54,6 +62,8 @@ Clock = Callable[[], float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--olmo-python", help="interpreter of an environment with ai2-olmo-core")
+    parser.add_argument("--litgpt-python", help="interpreter of an environment with litgpt")
+    parser.add_argument("--json", help="write the figures there too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="counted steps of one turn")
@@ -62,20 +72,30 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    own_products = MATMUL.fp32_precision
+    take_fast_products()
     console = Console(width=110)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     makers: dict[str, Callable[[], Turn]] = {}
     for precision in ("bf16", "fp32"):
         for kind in ("compiled", "eager"):
-            how = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
-            makers[f"toolkit, {kind} {precision}"] = lambda how=how: toolkit_turn(**how)
-            makers[f"bare PyTorch, {kind} {precision}"] = lambda how=how: bare_turn(**how)
-    if arguments.olmo_python:
-        worker = OlmoCore(arguments.olmo_python, arguments.threads, clock)
+            how: Any = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
+            makers[f"toolkit, {kind} {precision}"] = partial(toolkit_turn, **how)
+            makers[f"bare PyTorch, {kind} {precision}"] = partial(bare_turn, **how)
+    if MATMUL.fp32_precision != own_products:
+        makers["bare PyTorch, MKL, compiled fp32"] = lambda: with_products(
+            own_products, lambda: bare_turn(precision="fp32", compiled=True, clock=clock)
+        )
+    for name, python, script in (
+        ("OLMo-core, eager", arguments.olmo_python, "_olmo_core_worker.py"),
+        ("litgpt, compiled", arguments.litgpt_python, "_litgpt_worker.py"),
+    ):
+        if not python:
+            console.print(f"{name.split(',')[0]} is left out: its --...-python was not given")
+            continue
+        worker = Worker(python, script, arguments.threads, clock)
         for precision in ("bf16", "fp32"):
-            makers[f"OLMo-core, eager {precision}"] = lambda p=precision: worker.turn(p)
-    else:
-        console.print("OLMo-core is left out: no --olmo-python given (docs/benchmarks.md)")
+            makers[f"{name} {precision}"] = partial(worker.turn, precision)
     if arguments.only:
         parts = arguments.only.split(",")
         makers = {n: make for n, make in makers.items() if any(part in n for part in parts)}
@@ -93,7 +113,11 @@ def report(
     console: Console, seconds: dict[str, list[float]], arguments: argparse.Namespace
 ) -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    rivals = {"OLMo-core, eager bf16": "x OLMo bf16", "bare PyTorch, eager fp32": "x bare fp32"}
+    rivals = {
+        "OLMo-core, eager bf16": "x OLMo bf16",
+        "litgpt, compiled bf16": "x litgpt bf16",
+        "litgpt, compiled fp32": "x litgpt fp32",
+    }
     shown = [name for name in rivals if name in medians]
     table = Table(
         title=f"{TOKENS:,} tokens a step, {arguments.threads} thread(s), "
@@ -117,6 +141,25 @@ def report(
             *(f"{medians[rival] / medians[name]:.2f}" for rival in shown),
         )
     console.print(table)
+    figures: list[Figure] = [
+        {"name": name, "value": TOKENS / median, "unit": "tok/s", "better": "higher"}
+        for name, median in medians.items()
+    ]
+    write_json(arguments.json, figures)
+
+
+def with_products(kind: str, make: Callable[[], Turn]) -> Turn:
+    """Turns of what `make` makes, with another precision of oneDNN's products."""
+    turn = make()
+
+    def run(count: int) -> list[float]:
+        before, MATMUL.fp32_precision = MATMUL.fp32_precision, kind
+        try:
+            return turn(count)
+        finally:
+            MATMUL.fp32_precision = before
+
+    return run
 
 
 def toolkit_turn(*, precision: str, compiled: bool, clock: Clock) -> Turn:
@@ -165,11 +208,12 @@ def bare_turn(*, precision: str, compiled: bool, clock: Clock) -> Turn:
     return timed(step, clock)
 
 
-class OlmoCore:
-    """The worker process; it sleeps while it has no order."""
+class Worker:
+    """The process of another program; it sleeps while it has no order."""
 
-    def __init__(self, python: str, threads: int, clock: Clock) -> None:
-        worker = Path(__file__).with_name("_olmo_core_worker.py")
+    def __init__(self, python: str, script: str, threads: int, clock: Clock) -> None:
+        worker = Path(__file__).with_name(script)
+        self._script = script
         self._process = subprocess.Popen(
             [python, str(worker), str(threads), clock.__name__],
             stdin=subprocess.PIPE,
@@ -193,7 +237,7 @@ class OlmoCore:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("the OLMo-core worker ended; run it by hand to see why")
+            raise SystemExit(f"{self._script} ended; run it by hand to see why")
         return json.loads(line)
 
 

@@ -19,6 +19,7 @@ myst_links_external_new_tab = True
 html_theme = "furo"
 html_title = f"toolkit {version}"
 html_show_sourcelink = False
+smartquotes = False  # they would make one dash of the two before an option
 copybutton_prompt_text = r"\$ "
 copybutton_prompt_is_regexp = True
 autodoc_typehints = "description"

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `auto` is the same on every machine and in every run: fp32 on CPUs, and nothing compiled.
+os.environ.setdefault("TOOLKIT_MEASURE", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A process that compiles does so by itself: the helpers that it would start cost more than they do.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

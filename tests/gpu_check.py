@@ -1,11 +1,14 @@
-"""What only a GPU can tell, in one command of a few minutes: `python -m tests.gpu_check`.
+"""What only a GPU can tell, in one command of five minutes: `python -m tests.gpu_check`.
 
 Run it from the repository's root on a machine with one GPU (of several, the first is used). Each
-part runs by itself; a table says at the end what held, and the exit code is 1 if something did not.
-`--device cpu` runs what a CPU can run, on tiny sizes: that is how the suite keeps this file alive.
+part runs by itself, the speeds first; a table says at the end what held, `--json FILE` keeps it,
+and the exit code is 1 if something did not hold. No part begins after `--minutes`, and one that
+does not end soon after is given up. `--device cpu` runs what a CPU can run, on tiny sizes: that is
+how the suite keeps this file alive.
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import tempfile
@@ -14,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
@@ -24,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu_machine import CheckFailed, Machine, NotHere, check_close, no_waiting, step
+from tests.gpu_report import FIGURES, GRACE, Line, Report
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.distributed import torch_engine
@@ -36,6 +40,8 @@ from toolkit.models.presets import PRESETS
 from toolkit.train.module import Progress
 
 SPEED_STEPS = 5
+GOALS = {"gpt2_124M": (500_000, 0.45), "olmo2_1B": (None, 0.52)}
+"""Tokens/s and MFU to reach on one H200."""
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -235,7 +241,7 @@ def speed(machine: Machine, preset: str, length: int, most_rows: int) -> str:
     rows = most_rows
     while True:
         try:
-            return _speed(machine, config, length if machine.is_gpu else 64, rows)
+            return _speed(machine, preset, config, length if machine.is_gpu else 64, rows)
         except torch.cuda.OutOfMemoryError:
             if rows == 1:
                 raise NotHere("needs more memory than this GPU has") from None
@@ -244,7 +250,7 @@ def speed(machine: Machine, preset: str, length: int, most_rows: int) -> str:
         torch.cuda.empty_cache()
 
 
-def _speed(machine: Machine, config: Any, length: int, rows: int) -> str:
+def _speed(machine: Machine, preset: str, config: Any, length: int, rows: int) -> str:
     module = machine.module(config, tokens=rows * length, compile_model=machine.is_gpu)
     batch = machine.batch(rows=rows, length=length)
     tokens = batch["input_ids"].numel()
@@ -259,14 +265,24 @@ def _speed(machine: Machine, config: Any, length: int, rows: int) -> str:
         torch.cuda.reset_peak_memory_stats()
     rate = SPEED_STEPS * tokens / machine.seconds(steps)
     said = f"{rate:,.0f} tokens/s, {1e3 * tokens / rate:.1f} ms a step of {tokens:,} tokens"
+    FIGURES[f"{preset} tokens/s"] = rate
     if machine.is_gpu:
         peak = device_peak_flops(torch.cuda.get_device_name(machine.device))
-        mfu = "unknown" if peak is None else f"{rate * module.flops_per_token(length) / peak:.1%}"
-        said += f", MFU {mfu}, {torch.cuda.max_memory_allocated() / 1e9:.0f} GB"
+        mfu = rate * module.flops_per_token(length) / peak if peak else 0.0
+        FIGURES[f"{preset} MFU"] = mfu
+        least_rate, least_mfu = GOALS[preset]
+        goal = f"MFU {least_mfu:.0%}" + (f", {least_rate:,} tokens/s" if least_rate else "")
+        holds = mfu >= least_mfu and rate >= (least_rate or 0)
+        said += f", MFU {f'{mfu:.1%}' if peak else 'unknown'} (goal {goal} on an H200: "
+        said += f"{'reached' if holds else 'not reached'})"
+        said += f", {torch.cuda.max_memory_allocated() / 1e9:.0f} GB"
+        said += f"; {'; '.join(f'{part} by {k}' for part, k in module.kernels.items())}"
     return said
 
 
 PARTS: dict[str, Callable[[Machine], str]] = {
+    "speed: gpt2_124M": lambda m: speed(m, "gpt2_124M", 1024, 64),
+    "speed: olmo2_1B": lambda m: speed(m, "olmo2_1B", 4096, 4),
     "no sync: dense, eager": lambda m: no_sync(m, compiled=False),
     "no sync: dense, compiled": lambda m: no_sync(m, compiled=True),
     "no sync: documents, eager": lambda m: no_sync(m, compiled=False, documents=True),
@@ -282,22 +298,7 @@ PARTS: dict[str, Callable[[Machine], str]] = {
     "fp32 with grouped queries": fp32_grouped,
     "deterministic twice": deterministic,
     "save beside training": save,
-    "speed: gpt2_124M": lambda m: speed(m, "gpt2_124M", 1024, 64),
-    "speed: olmo2_1B": lambda m: speed(m, "olmo2_1B", 4096, 4),
 }
-
-
-class Line(NamedTuple):
-    """One line of the table."""
-
-    state: str
-    """ok, FAIL, or - where the part says nothing about this machine."""
-    name: str
-    seconds: float
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.state:4}  {self.name:34}{self.seconds:7.1f} s  {self.detail}"
 
 
 def run_part(name: str, machine: Machine) -> Line:
@@ -315,7 +316,8 @@ def run_part(name: str, machine: Machine) -> Line:
         detail = f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno})"
     gc.collect()
     if machine.is_gpu:
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after a fault on the device everything raises
+            torch.cuda.empty_cache()
     return Line(state, name, time.perf_counter() - start, detail)
 
 
@@ -324,6 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", metavar="TEXT", nargs="+", help="parts whose name contains one")
+    parser.add_argument("--minutes", type=float, default=4.5, help="no part begins after (4.5)")
+    parser.add_argument("--json", metavar="FILE", help="keep the table here too")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu runs what a CPU can")
@@ -335,19 +339,22 @@ def main(arguments: list[str] | None = None) -> int:
     machine = Machine(torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu"))
     if machine.is_gpu:
         torch.cuda.set_device(machine.device)
-    lines = []
+    report, end = Report(machine, options.json), time.monotonic() + 60 * options.minutes
+    guard = threading.Timer(60 * options.minutes + GRACE, report.give_up)
+    guard.daemon = True
+    guard.start()
     with mock.patch.dict(os.environ):
         for name in LAUNCHER:  # accelerate would join a group of theirs
             os.environ.pop(name, None)
         for name in names:
+            if time.monotonic() > end:
+                report.lines.append(Line("-", name, 0.0, "no time was left"))
+                continue
             print(f"{name} ...", flush=True)
-            lines.append(run_part(name, machine))
-    where = torch.cuda.get_device_name() if machine.is_gpu else "CPU"
-    print(f"\n{where}, torch {torch.__version__}, {machine.precision}")
-    print("\n".join(map(str, lines)))
-    failed = sum(line.state == "FAIL" for line in lines)
-    print(f"{failed} of {len(lines)} checks failed" if failed else "all checks passed")
-    return 1 if failed else 0
+            report.running = name
+            report.lines.append(run_part(name, machine))
+    guard.cancel()
+    return report.end()
 
 
 if __name__ == "__main__":

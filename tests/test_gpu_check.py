@@ -2,18 +2,21 @@
 
 import contextlib
 import io
+import json
+import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from tests import gpu_check
+from tests import gpu_check, gpu_report
 from tests.gpu_machine import CheckFailed, Machine, check_close, no_waiting
 from tests.workers import WorkerPool
 
 QUICK = [
-    "no sync: dense, compiled", "no sync: documents, eager", "DDP", "experts against",
-    "soft cap, 256", "fp32 with", "save", "gpt2_124M",
+    "gpt2_124M", "no sync: dense, compiled", "no sync: documents, eager", "DDP", "experts against",
+    "soft cap, 256", "fp32 with", "save",
 ]  # fmt: skip
 CPU = Machine(torch.device("cpu"))
 
@@ -29,11 +32,11 @@ def test_its_parts_run_on_a_cpu(workers: WorkerPool) -> None:
     code, lines = workers.run(1, check, QUICK, timeout=280)[0]
     table = lines[-len(QUICK) - 1 : -1]
     assert code == 0, table
-    assert [line.split()[0] for line in table] == ["-", *["ok"] * 7]
-    assert "compiles for GPUs only" in table[0]
-    assert "loop equals the loop, empty groups have zero gradients" in table[3]
-    assert "MB/s; training stood still for" in table[6]
-    assert "tokens/s" in table[7]
+    assert [line.split()[0] for line in table] == ["ok", "-", *["ok"] * 6]
+    assert "tokens/s" in table[0]
+    assert "compiles for GPUs only" in table[1]
+    assert "loop equals the loop, empty groups have zero gradients" in table[4]
+    assert "MB/s; training stood still for" in table[7]
     assert lines[-1] == "all checks passed"
 
 
@@ -59,6 +62,31 @@ def test_one_failure_is_the_exit_code_and_a_line_of_the_table() -> None:
     assert lines[-1] == "2 of 3 checks failed"
 
 
+def test_the_table_is_kept_and_no_part_begins_too_late(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    parts = {name: lambda _: "as it should" for name in "ab"}
+    with mock.patch.object(gpu_check, "PARTS", parts), contextlib.redirect_stdout(io.StringIO()):
+        options = ["--device", "cpu", "--json", str(file)]
+        assert gpu_check.main(options) == 0
+        assert [p["state"] for p in json.loads(file.read_text())["parts"]] == ["ok", "ok"]
+        assert gpu_check.main([*options, "--minutes", "-1"]) == 0
+    found = json.loads(file.read_text())
+    assert [(p["state"], p["detail"]) for p in found["parts"]] == [("-", "no time was left")] * 2
+    assert found["where"].startswith("CPU, torch")
+
+
+def test_a_part_that_hangs_ends_with_what_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    report = gpu_report.Report(CPU, str(file))
+    report.lines.append(gpu_report.Line("ok", "a", 1.0, "as it should"))
+    report.running = "b"
+    with mock.patch.object(os, "_exit") as left, contextlib.redirect_stdout(io.StringIO()):
+        report.give_up()
+    left.assert_called_once_with(1)
+    states = [(p["name"], p["state"]) for p in json.loads(file.read_text())["parts"]]
+    assert states == [("a", "ok"), ("b", "FAIL")]
+
+
 def test_a_host_that_waits_is_found() -> None:
     value = torch.ones(3)
     with no_waiting(CPU):
@@ -81,4 +109,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch sees no GPU here; --device cpu runs what a CPU can" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(["--device", "cpu", "--only", "xyz"])
-    assert "no part contains 'xyz': no sync: dense, eager" in capsys.readouterr().err
+    assert "no part contains 'xyz': speed: gpt2_124M" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import toolkit
 ROOT = Path(toolkit.__file__).parent
 CORE = (
     ("config", "storage", "errors", "threads", "signals", "parents", "wording"),
-    ("models", "optim", "data", "metrics", "runs"),
+    ("models", "optim", "data", "metrics", "runs", "autotune"),
     ("distributed",),
     ("checkpoint",),
     ("launch",),

@@ -1,14 +1,21 @@
 """The shards of a state that a rank writes: copied, live, and planned once."""
 
+import io
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from tests.tiny import module_config, open_environment
 from tests.workers import WorkerPool
+from toolkit.checkpoint import tensors as tensors_module
 from toolkit.checkpoint.folder import FileEntry
 from toolkit.checkpoint.save_plan import ShardWriter
+from toolkit.checkpoint.shard_file import Frame, ShardFile, framed_bytes
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.checkpoint.untrusted import Archive
 from toolkit.storage.atomic import hash_file
 
 
@@ -48,7 +55,7 @@ def test_the_next_copy_uses_the_same_memory(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         resolve = shards.copy(state(value))
         write(shards, tmp_path / str(value), resolve)
-        where.append(sorted(buffer.data_ptr() for buffer in shards._buffers.values()))
+        where.append([resolve(item).data_ptr() for item in shards._plan.items])
     assert where[0] == where[1]
     assert stored(tmp_path / "2.0")["model.b"].tolist() == [2.0] * 7
 
@@ -88,3 +95,64 @@ def test_what_all_ranks_hold_is_written_and_copied_once(
     shares = workers.run(2, replicated, str(tmp_path))
     assert sorted(name for _, names in shares for name in names) == ["model.a", "model.b"]
     assert sum(size for size, _ in shares) == 4 * (30 * 4 + 7)
+
+
+def saved_by_torch(tensor: torch.Tensor) -> bytes:
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        stream = io.BytesIO()
+        torch.save(tensor, stream)
+    finally:
+        set_crc32_options(before)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).view(3, 4),
+        torch.arange(12.0).view(3, 4).T.contiguous(),
+        torch.tensor(5, dtype=torch.int64),
+        torch.empty(0, 3),
+        torch.tensor([True, False]),
+        torch.ones(100_000, dtype=torch.bfloat16),
+    ],
+)
+def test_a_shard_lies_in_its_file_as_torch_saves_it(tmp_path: Path, tensor: torch.Tensor) -> None:
+    size = framed_bytes(tensor.dtype, tensor.shape)
+    with ShardFile.open(tmp_path / "a", 2 * size) as file:
+        assert [file.add(tensor), file.add(tensor)] == [(0, size), (size, size)]
+        file.sync()
+    assert (tmp_path / "a").read_bytes() == 2 * saved_by_torch(tensor)
+
+
+def test_views_are_written_by_what_they_show(tmp_path: Path) -> None:
+    whole = torch.arange(20.0).view(4, 5)
+    some = {"model.rows": whole[1:3], "model.columns": whole[:, 1:3], "model.turned": whole.T}
+    shards = ShardWriter(None)
+    write(shards, tmp_path, shards.live(some))
+    assert {k: t.tolist() for k, t in stored(tmp_path).items()} == {
+        k: t.tolist() for k, t in some.items()
+    }
+
+
+def test_only_shards_in_another_frame_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardWriter(None)
+    write(shards, tmp_path, shards.live(state(1.0)))
+    parsed: list[int] = []
+
+    class Counted(Archive):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            parsed.append(1)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(tensors_module, "Archive", Counted)
+    assert stored(tmp_path)["model.b"].tolist() == [1.0] * 7
+    assert not parsed
+    # As another version of torch may write them.
+    monkeypatch.setattr(tensors_module, "frame_of", lambda dtype, shape: Frame(b"other", b""))
+    assert stored(tmp_path)["model.b"].tolist() == [1.0] * 7
+    assert len(parsed) == 2

@@ -92,7 +92,10 @@ def test_a_search_leaves_room(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "flags"),
     [
         (["llama3_8B", "--train_module.dp_config={name: ddp}"], "dp_config={name: fsdp}"),
-        (["llama3_70B"], "ac_config={mode: selected_blocks}"),
+        (
+            ["llama3_70B", "--train_module.dp_config={name: fsdp, wrapping_strategy: blocks}"],
+            "ac_config={mode: selected_blocks}",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_names_one_that_does(

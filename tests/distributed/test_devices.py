@@ -3,6 +3,7 @@ what it has."""
 
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -247,7 +248,19 @@ def test_the_allocator_grows_blocks_and_threads_spin_shortly_unless_somebody_say
 ) -> None:
     environ = dict(before)
     set_defaults(environ)
+    environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     assert environ == {"GOMP_SPINCOUNT": "1000", **after, **before}
+
+
+def test_compiled_code_is_kept_in_the_users_cache_where_there_is_one(tmp_path: Path) -> None:
+    for said, kept in (
+        ({"XDG_CACHE_HOME": f"{tmp_path}/new"}, f"{tmp_path}/new/toolkit/compiled"),
+        ({"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "mine"}, "mine"),
+        ({"XDG_CACHE_HOME": "relative"}, None),
+    ):
+        environ = dict(said)
+        set_defaults(environ)
+        assert environ.get("TORCHINDUCTOR_CACHE_DIR") == kept
 
 
 def test_the_command_line_sets_it_before_torch_is_there() -> None:

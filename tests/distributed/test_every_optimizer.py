@@ -14,7 +14,7 @@ from tests.distributed.test_evaluating import evaluated, memory
 from tests.tiny import SEQ, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
 from toolkit.checkpoint.load import load_checkpoint, load_weights
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded
 from toolkit.distributed.config import PipelineParallelConfig, TensorParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.optim.base import GroupOverride, Optimizer
@@ -81,7 +81,7 @@ def numbers_of(
     policy = in_float64 if is_exact else MixedPrecisionPolicy
     uncompiled = mock.patch.object(torch, "compile", lambda function, **_: function)
     try:
-        with mock.patch.object(materialize, "MixedPrecisionPolicy", policy), uncompiled:
+        with mock.patch.object(fully_sharded, "MixedPrecisionPolicy", policy), uncompiled:
             for name, optim in optimizers.items():
                 module = build(engine, optim, env, changes, is_exact)
                 train_steps(module, 0, SAVED)

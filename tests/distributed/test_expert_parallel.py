@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.tiny import ROWS, SEQ, VOCAB, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded, materialize
 from toolkit.distributed.config import ActivationCheckpointingConfig, ExpertParallelConfig
 from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
@@ -104,7 +104,7 @@ def compare(
     with (
         contextlib.closing(env),
         mock.patch.object(compiling, "compile_model", compiled),
-        mock.patch.object(materialize, "MixedPrecisionPolicy", in_own_type),
+        mock.patch.object(fully_sharded, "MixedPrecisionPolicy", in_own_type),
     ):
         engine = engine_of(env, model, dtype, **options)
         held = canonical_parameters(engine.module)

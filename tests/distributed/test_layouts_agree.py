@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.tiny import VOCAB, module_config, open_environment
 from tests.workers import WorkerPool
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded
 from toolkit.distributed.config import (
     ContextParallelConfig,
     DataParallelConfig,
@@ -122,7 +122,7 @@ def numbers_of(
     answers = {}
     config = module_config(**fields)
     env = open_environment(config)
-    exact = mock.patch.object(materialize, "MixedPrecisionPolicy", in_float64)
+    exact = mock.patch.object(fully_sharded, "MixedPrecisionPolicy", in_float64)
     try:
         if not precision:
             exact.start()

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.tiny import VOCAB, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded, materialize
 from toolkit.distributed.config import (
     ActivationCheckpointingConfig,
     PipelineParallelConfig,
@@ -61,7 +61,7 @@ def engine_of(
     environment = open_environment(config)
     model = model_config(kind).build(init_device="meta")
     policy = mock.Mock(return_value=MixedPrecisionPolicy(cast_forward_inputs=False))
-    exact = mock.patch.object(materialize, "MixedPrecisionPolicy", policy)
+    exact = mock.patch.object(fully_sharded, "MixedPrecisionPolicy", policy)
     try:
         with exact if double else contextlib.nullcontext():
             yield materialize.prepare_engine(

@@ -114,8 +114,9 @@ def wrapped(
 @pytest.mark.parametrize(
     ("dp", "ac", "units", "ahead"),
     [
-        ({}, None, ["", "blocks.0", "blocks.1"], []),
-        ({"wrapping_strategy": "full", "prefetch_factor": 2}, None,
+        ({}, None, ["", "blocks.0", "blocks.1", "head"], []),
+        ({"wrapping_strategy": "blocks"}, None, ["", "blocks.0", "blocks.1"], []),
+        ({"reshard_after_forward": False, "prefetch_factor": 2}, None,
          ["", "blocks.0", "blocks.1", "head"], ["blocks.1", "head"]),
         ({"wrapping_strategy": "fine_grained", "prefetch_factor": 1},
          ActivationCheckpointingConfig(),

@@ -6,7 +6,14 @@ import pytest
 
 from toolkit.distributed.config import ContextParallelConfig, DataParallelConfig
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.sizes import Besides, check_combination, check_sizes, tensor_degrees
+from toolkit.distributed.sizes import (
+    GATHERED_SHARE,
+    Besides,
+    check_combination,
+    check_sizes,
+    keeps_gathered,
+    tensor_degrees,
+)
 from toolkit.errors import ConfigError
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
@@ -127,3 +134,38 @@ def test_operations_are_not_selected_in_blocks_that_are_compiled_in_parts(
     check_combination(Layout(dp_shard=2, is_fsdp=True), Besides(compiles_selected_ops=True))
     with pytest.raises(ConfigError, match=rf"ac_config.mode: selected_ops finds no .*{key}"):
         check_combination(layout, Besides(compiles_selected_ops=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "has_pipeline", "keeps"),
+    [
+        ("auto", round(1000 / GATHERED_SHARE), False, True),
+        ("auto", round(1000 / GATHERED_SHARE) - 10, False, False),
+        ("auto", None, False, False),
+        (False, 1000, False, True),
+        (True, 10**9, False, False),
+        (True, 1000, True, True),
+    ],
+)
+def test_weights_stay_gathered_where_they_are_few_or_asked_to(
+    asked: Any, memory: int | None, has_pipeline: bool, keeps: bool
+) -> None:
+    settings = DataParallelConfig(name="fsdp", reshard_after_forward=asked)
+    assert keeps_gathered(settings, 1000, memory, has_pipeline=has_pipeline) is keeps
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp_shard=2, is_fsdp=True, dp_config=DataParallelConfig(name="fsdp")),
+        Layout(zero_stage=1, dp_shard=2, dp_config=DataParallelConfig(name="zero1")),
+        Layout(cp=2),
+    ],
+    ids=["fsdp", "zero1", "cp"],
+)
+def test_graphs_are_recorded_where_weights_stay_in_their_place(layout: Layout, mode: Any) -> None:
+    check_combination(layout, Besides(compile_mode="max-autotune-no-cudagraphs"))
+    check_combination(Layout(), Besides(compile_mode=mode))
+    with pytest.raises(ConfigError, match=f"compile_mode: {mode} records CUDA graphs, for single"):
+        check_combination(layout, Besides(compile_mode=mode))

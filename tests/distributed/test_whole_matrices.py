@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tests.distributed.test_evaluating import memory
 from tests.tiny import SEQ, module_config, open_environment, tiny_model, train_steps
 from tests.workers import WorkerPool
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded
 from toolkit.distributed.config import ExpertParallelConfig, TensorParallelConfig
 from toolkit.distributed.shards import Box, LocalShard, ShardSpec, local_boxes
 from toolkit.distributed.whole_matrices import Unit, assign_owners
@@ -84,7 +84,7 @@ def trained(
     env = open_environment(module_config(engine, **changes))
     result = {}
     try:
-        with mock.patch.object(materialize, "MixedPrecisionPolicy", policy):
+        with mock.patch.object(fully_sharded, "MixedPrecisionPolicy", policy):
             for name in names:
                 options = {"optim": OPTIMIZERS[name], "max_grad_norm": None, **changes}
                 config = module_config(engine, **options)

@@ -28,7 +28,7 @@ CLI: Any = typer.main.get_command(app)
 
 
 def shell_commands(text: str) -> list[str]:
-    """The commands of `sh` blocks that nobody excuses, lines that go on joined, comments left out."""
+    """The commands of `sh` blocks that nobody excuses, without comments, one a line."""
     found = []
     for excuse, kind, block in BLOCK.findall(text):
         if kind == "sh" and not excuse:

@@ -19,7 +19,7 @@ from tests.distributed.test_layouts_agree import AXES, in_float64
 from tests.tiny import SEQ, VOCAB, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
 from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer, train_bpe
-from toolkit.distributed import materialize
+from toolkit.distributed import fully_sharded
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, DataError
@@ -187,7 +187,7 @@ def scored(axes: tuple[str, ...], dp: str | None) -> list[float]:
         for number in range(2 + document % 2):
             own = torch.randint(0, VOCAB, (1 + number,), generator=generator).tolist()
             choices.append(Choice(document, number, 0, tuple(context), tuple(own), (1, 2), (1, 2)))
-    exact = mock.patch.object(materialize, "MixedPrecisionPolicy", in_float64)
+    exact = mock.patch.object(fully_sharded, "MixedPrecisionPolicy", in_float64)
     layout, rank = env.layout, env.rank
     try:
         exact.start()

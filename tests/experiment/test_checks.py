@@ -39,6 +39,10 @@ SEQUENCE = "dataset.sequence_length"
         (2, [f"--{BATCH}=12288", f"--{MICRO}=4096"],
          f"{BATCH} 12288 is not divisible by {MICRO} 4096 x 2 ranks = 8192; nearest that work: "
          f"{BATCH} 8192 or 16384, or {MICRO} 3072 or 6144"),
+        (1, [f"--{BATCH}=8192", f"--{MICRO}=4096", "--train_module.compile_model",
+             "--train_module.compile_mode=reduce-overhead"],
+         "train_module.compile_mode: reduce-overhead records CUDA graphs, for one microbatch a "
+         f"step; set {MICRO} to null, or use max-autotune-no-cudagraphs"),
         (1, ["--dataset.sequence_length=2048"],
          f"{SEQUENCE} 2048 is longer than model.max_sequence_length 1024; use 1024 or less, "
          "or raise model.max_sequence_length"),

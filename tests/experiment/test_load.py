@@ -39,7 +39,7 @@ def test_a_preset_flag_replaces_the_model_but_not_other_model_flags() -> None:
     assert loaded.config.model.to_dict() == {
         **PRESETS["llama_271M"],
         "num_layers": 3,
-        "loss_chunk_size": 1024,
+        "loss_chunk_size": None,
     }
     assert loaded.origins["model.num_layers"] == "--model.num_layers=3"
     assert loaded.origins["model.d_model"] == "--model.preset=llama_271M"

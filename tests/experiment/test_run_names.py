@@ -102,7 +102,7 @@ def test_a_step_folder_is_its_run_where_nothing_newer_is_whole(tmp_path: Path) -
 def test_a_resume_starts_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(running, "launch", lambda *a, **more: started.append((*a, more["folder"])))
-    monkeypatch.setattr(capacity, "_free_memory", lambda: 1 << 40)
+    monkeypatch.setattr(capacity, "free_memory", lambda: 1 << 40)
     folder = make(tmp_path, "a", "b")
     for number in (2, 4):
         running.resume(folder, ["--seed=3"], asked=LaunchPlan(number), debug=True)
@@ -119,7 +119,7 @@ def test_the_number_of_processes_is_bounded_by_the_machine(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(capacity, "_free_memory", lambda: 1 << 40)
+    monkeypatch.setattr(capacity, "free_memory", lambda: 1 << 40)
     assert processes_here(32) == 32
     folder = make(tmp_path, "a", "b")
     status = msgspec.json.decode((folder / RUN_FILES.status).read_bytes())

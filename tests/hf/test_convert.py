@@ -345,7 +345,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def fails(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("toolkit.checkpoint.save_plan.HashingStream._pass_on", fails)
+    monkeypatch.setattr("toolkit.checkpoint.shard_file.ShardFile._pass_on", fails)
     with pytest.raises(TrainingError, match=r"out: not converted, nothing is left of it: .*No spa"):
         convert_it(original, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

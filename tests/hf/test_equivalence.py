@@ -125,7 +125,7 @@ def test_another_value_of_a_field_is_a_difference(name: str) -> None:
 def test_fields_that_do_not_matter_are_none(name: str) -> None:
     config: Any = BASE.moe if name.startswith("moe.") else BASE
     value = getattr(config, name.removeprefix("moe."))
-    before, after = change(name, not value if isinstance(value, bool) else value * 2 + 1)
+    before, after = change(name, not value if isinstance(value, bool) else (value or 1) * 2 + 1)
     assert before != after
     assert not differences(before, after)
 

@@ -83,7 +83,7 @@ def machine(
     monkeypatch.setattr(capacity, "nvml_gpus", nvml)
     monkeypatch.setattr("toolkit.distributed.devices.usable_gpus", lambda: usable)
     monkeypatch.setattr(capacity.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(capacity, "_free_memory", lambda: int(free))
+    monkeypatch.setattr(capacity, "free_memory", lambda: int(free))
 
 
 def refusal(number: int, **environ: str) -> str:
@@ -119,10 +119,10 @@ def test_free_memory_of_a_container_counts_what_can_be_freed(
     for name, text in group.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
-    assert capacity._free_memory() == 700
+    assert capacity.free_memory() == 700
     (tmp_path / "memory.max").write_text("max\n")
-    assert capacity._free_memory() > 1000
+    assert capacity.free_memory() > 1000
 
 
 def test_free_memory_is_that_of_the_machine_at_most() -> None:
-    assert 0 < capacity._free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < capacity.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
 """MetricsRecorder: order, one reduction per block, errors that surface."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_several_parts_make_one_record_of_a_step(collected):
     assert collected.records("network") == [
         {"step": step, "time": float(step), "norm": 2.0, "max": 3.0} for step in (1, 2)
     ]
+
+
+def test_blocks_of_short_steps_are_delivered_together_and_never_late(collected):
+    recorder = MetricsRecorder(collect_interval=1, deliver=collected, least_seconds=0.1)
+    for step in range(1, 30):
+        recorder.record(step, {"x": step})
+    deadline = time.monotonic() + 20
+    while len(collected.records()) < 29 and time.monotonic() < deadline:
+        time.sleep(0.01)  # no later step brings them
+    recorder.close()
+    assert [r["x"] for r in collected.records()] == list(range(1, 30))
+    assert len(collected.blocks) < 29
+
+
+def test_a_flush_waits_for_no_other_block(collected):
+    recorder = MetricsRecorder(collect_interval=1, deliver=collected, least_seconds=100.0)
+    for step in range(1, 4):
+        recorder.record(step, {"x": step})
+        if step != 2:
+            recorder.begin_flush().done.result(timeout=50)
+    assert [r["x"] for r in collected.records()] == [1, 2, 3]
+    recorder.close()
 
 
 def test_step_of_an_earlier_attempt_is_refused(collected):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
-from toolkit.metrics import streams
+from toolkit.metrics import events
+from toolkit.metrics.events import TensorBoardSink, masked_crc32c
 from toolkit.metrics.lines import JsonlSink, Sink
-from toolkit.metrics.streams import TensorBoardSink, masked_crc32c
 
 
 def scalars(folder, tag):
@@ -78,7 +78,7 @@ def test_tensorboard_reads_every_number(tmp_path):
 
 
 def test_a_long_file_of_events_is_followed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 200)
+    monkeypatch.setattr(events, "MAX_EVENT_BYTES", 200)
     sink = TensorBoardSink(tmp_path, purge_step=1)
     for step in range(1, 21):
         sink.write([{"step": step, "loss": float(step)}])
@@ -107,11 +107,11 @@ def test_name_is_the_prefix_of_tags(tmp_path):
 
 
 def test_purge_step_makes_tensorboard_forget_what_comes_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("toolkit.metrics.streams.time.time", lambda: 1e9)
+    monkeypatch.setattr("toolkit.metrics.events.time.time", lambda: 1e9)
     first = TensorBoardSink(tmp_path)
     first.write([{"step": s, "loss": 1.0} for s in range(1, 9)])
     first.close()
-    monkeypatch.setattr("toolkit.metrics.streams.time.time", lambda: 1e9 + 1)
+    monkeypatch.setattr("toolkit.metrics.events.time.time", lambda: 1e9 + 1)
     second = TensorBoardSink(tmp_path, purge_step=6)
     second.write([{"step": s, "loss": 2.0} for s in range(6, 10)])
     second.close()
@@ -172,8 +172,37 @@ def test_tensorboard_does_not_make_a_removed_run_anew(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 8, 511, 512, 513, 515, 516, 2000])
-def test_checksums_are_those_of_tensorboard(size):
-    data = np.random.default_rng(size).bytes(size)
-    expected = pywrap_tensorflow.masked_crc32c(data)
-    assert int.from_bytes(masked_crc32c(data), "little") == expected
+def test_checksums_are_those_of_tensorboard():
+    sizes = [0, 1, 3, 4, 8, 509, 510, 511, 512, 513, 515, 516, 2000]
+    texts = [np.random.default_rng(size).bytes(size) for size in sizes]
+    expected = [pywrap_tensorflow.masked_crc32c(text) for text in texts]
+    assert [int.from_bytes(found, "little") for found in masked_crc32c(texts)] == expected
+    assert [int.from_bytes(masked_crc32c([t])[0], "little") for t in texts] == expected
+
+
+def test_events_are_those_of_the_library_byte_for_byte(tmp_path):
+    """Tags and steps whose lengths take several bytes among them."""
+    record = {
+        "step": 3_000_000_000,
+        "time": 1.5e9,
+        "name": "\u00e9" * 200,
+        "a": True,
+        "b": -math.inf,
+    }
+    record |= {f"norm/{'x' * n}": 0.1 * n for n in range(0, 300, 30)}
+    sink = TensorBoardSink(tmp_path, purge_step=300)
+    sink.write([record, {"step": 0, "x": 0.0}, {"step": 1}])
+    sink.close()
+    (file,) = os.listdir(tmp_path)
+    raw = list(RawEventFileLoader(str(tmp_path / file)).Load())
+    found = [Event.FromString(event) for event in raw]
+    assert [event.SerializeToString() for event in found] == raw
+    assert found[0].file_version == "brain.Event:2"
+    assert (found[1].session_log.status, found[1].step) == (SessionLog.START, 300)
+    values = {value.tag: value.simple_value for value in found[2].summary.value}
+    assert (found[2].step, found[2].wall_time) == (record["step"], record["time"])
+    assert values == {
+        f"{record['name']}/{key}": np.float32(value)
+        for key, value in record.items()
+        if key not in ("step", "time", "name")
+    }

@@ -63,6 +63,35 @@ def test_one_compilation_serves_all_blocks():
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("default", [None, None]),
+        ("reduce-overhead", ["reduce-overhead", None]),
+        ("max-autotune", ["max-autotune", "max-autotune-no-cudagraphs"]),
+        ("max-autotune-no-cudagraphs", ["max-autotune-no-cudagraphs"] * 2),
+    ],
+)
+def test_the_loss_is_compiled_in_the_same_mode_but_for_graphs(monkeypatch, mode, expected):
+    seen = []
+
+    def record(function=None, *, mode=None, **_):
+        seen.append(mode)
+        return function
+
+    model = CONFIG.replace(num_layers=1).build()
+    monkeypatch.setattr(torch, "compile", record)
+    compile_model(model, mode=mode)
+    assert seen == expected
+
+
+def test_a_mode_of_the_compiler_computes_the_same():
+    eager, compiled = CONFIG.build(), CONFIG.build()
+    compile_model(compiled, mode="reduce-overhead")
+    expected, got = eager(*batch()).loss, compiled(*batch()).loss
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
 def test_names_and_parameters_stay():
     model = CONFIG.build()
     before = {name: id(p) for name, p in model.named_parameters()}

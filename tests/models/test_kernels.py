@@ -367,8 +367,10 @@ def test_the_record_names_the_kernel_of_each_part(monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(kernels, "liger_function", lambda: object())
     mock_device(monkeypatch, (9, 0), 232_448)
-    assert kernel_record(CONFIG, CUDA, BF16, **options) == {
-        "attention": "sdpa", MASKED: "flex", "experts": "grouped_mm", "loss": "liger",
+    first = kernel_record(CONFIG, CUDA, BF16, **options, attention_order=("cudnn", "flash", "math"))
+    assert first == {
+        "matrix products": "bfloat16, sums in float32", "attention": "sdpa (cudnn, else flash)",
+        MASKED: "flex", "experts": "grouped_mm", "loss": "liger",
     }  # fmt: skip
     cut = kernel_record(CONFIG, CUDA, BF16, **options, vocabulary_is_cut=True)
     assert cut["loss"] == "chunked"
@@ -376,6 +378,7 @@ def test_the_record_names_the_kernel_of_each_part(monkeypatch):
     wide = CONFIG.replace(head_dim=256)
     options["is_compiled"] = True
     assert kernel_record(wide, CUDA, FP32, **options) == {
+        "matrix products": "float32, exact",
         "attention": "sdpa, keys and values repeated",
         MASKED: "sdpa, keys and values repeated",
         "experts": "loop",

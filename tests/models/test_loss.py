@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.models.loss import chunked_linear_cross_entropy
+from toolkit.models import loss as loss_module
+from toolkit.models import weight_gradient
+from toolkit.models.config import TransformerConfig
+from toolkit.models.loss import LinearCrossEntropy, chunked_linear_cross_entropy
 
 ROWS, WIDTH, VOCAB, PADDED = 37, 24, 50, 64
 
@@ -169,3 +172,72 @@ def test_logits_never_exist_for_more_rows_than_a_chunk():
         )
         sums.loss.backward()
     assert largest.numel == chunk_size * vocab
+
+
+def test_what_a_gpu_adds_up_for_the_weight_is_what_a_cpu_does(monkeypatch):
+    """The product that is written in fp32 takes the place of the rounded ones, chunk by chunk."""
+    calls = []
+
+    def product(total, left, right, dtype):
+        calls.append((total is None, left.dtype, dtype))
+        return (0 if total is None else total) + left.to(dtype) @ right.to(dtype)
+
+    found = {}
+    for widens in (False, True):
+        monkeypatch.setattr(weight_gradient, "widens_products", lambda _, widens=widens: widens)
+        monkeypatch.setattr(weight_gradient, "widened_product", product)
+        hidden, weight, labels = make(torch.bfloat16)
+        loss = chunked_linear_cross_entropy(
+            hidden, weight, labels, vocab_size=VOCAB, chunk_size=8
+        ).loss
+        found[widens] = torch.autograd.grad(loss, weight)[0]
+    assert calls == [(number == 0, torch.bfloat16, torch.float32) for number in range(5)]
+    torch.testing.assert_close(found[True], found[False], rtol=2e-2, atol=2e-2)
+
+
+def test_products_in_fp32_have_shapes_and_types_on_a_gpu():
+    """torch's own, without values: it has none for CPUs."""
+    left = torch.empty(6, 4, dtype=torch.bfloat16, device="meta")
+    total = weight_gradient.add_product(None, left, left.t(), torch.float32)
+    assert weight_gradient.add_product(total, left, left.t(), torch.float32) is total
+    assert (total.shape, total.dtype) == ((6, 6), torch.float32)
+
+
+def test_liger_is_given_a_weight_that_was_rounded_once(monkeypatch):
+    given = []
+
+    def fused(hidden, weight, labels, **_):
+        given.append((hidden.dtype, weight.dtype, tuple(weight.shape)))
+        return (hidden @ weight.t()).sum()
+
+    monkeypatch.setattr(loss_module, "loss_kernel", lambda *_, **__: "liger")
+    monkeypatch.setattr(loss_module, "liger_function", lambda: fused)
+    hidden, weight, labels = make(torch.bfloat16)
+    config = TransformerConfig(
+        vocab_size=VOCAB, d_model=WIDTH, num_layers=1, num_heads=1, intermediate_size=8,
+        max_sequence_length=8,
+    )  # fmt: skip
+    weight = weight.detach().float().requires_grad_()
+    LinearCrossEntropy(config)(hidden, weight, labels).loss.backward()
+    assert given == [(torch.bfloat16, torch.bfloat16, (VOCAB, WIDTH))]
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("z_loss_multiplier", [0.0, 1e-2])
+def test_a_gpus_softmax_computes_what_is_written_out(monkeypatch, dtype, rtol, z_loss_multiplier):
+    found = []
+    for has_it in (False, True):
+        monkeypatch.setattr(loss_module, "has_one_softmax", lambda _, has_it=has_it: has_it)
+        hidden, weight, labels = make(dtype)
+        sums = chunked_linear_cross_entropy(
+            hidden, weight, labels,
+            vocab_size=VOCAB, chunk_size=8, z_loss_multiplier=z_loss_multiplier,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(sums.loss, (hidden, weight))
+        with torch.no_grad():
+            alone = chunked_linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
+        found.append([*sums[:3], alone.ce, *gradients])
+    for got, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol)
+    assert found[1][5][VOCAB:].abs().sum() == 0, "padding ids have no gradient"

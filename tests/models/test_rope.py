@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from toolkit.models import rope
 from toolkit.models.architecture import RopeScalingConfig
 from toolkit.models.rope import rotary_table, rotate
 
@@ -68,3 +69,20 @@ def test_other_channels_pass_unrotated():
     assert torch.equal(rotated[..., 6:], x[..., 6:])
     assert torch.equal(rotated[..., :6], rotate(x[..., :6], table))
     assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 8])
+def test_a_gpus_kernels_turn_as_the_formula_does(monkeypatch, rotary_dim):
+    table = rope.rotary_table(6, rotary_dim, 10_000.0, torch.device("cpu"))
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        torch.manual_seed(0)
+        x, grad = torch.randn(2, 2, 6, 3, 16).to(dtype).unbind()
+        found = []
+        for rounds in (False, True):
+            monkeypatch.setattr(rope, "rounds_in_kernels", lambda _, rounds=rounds: rounds)
+            own = x.clone().requires_grad_()
+            out = rope.rotate(own, table)
+            found.append([out, *torch.autograd.grad(out, own, grad)])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+            assert got.dtype == dtype

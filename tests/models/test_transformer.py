@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_config import SMALL, VARIANTS
+from toolkit.models import norms
 from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.norms import LayerNorm, RMSNorm
 from toolkit.models.rope import rotary_table, rotate
@@ -133,6 +134,28 @@ def test_norms_agree_with_torch_and_widen_low_precision():
     low = x.bfloat16()
     wide = F.rms_norm(low.float(), (16,), rms.weight.bfloat16().float(), 1e-6)
     assert torch.equal(rms(low), wide.bfloat16())
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_norms_of_a_gpu_in_one_kernel_are_those_of_a_cpu(monkeypatch, norm):
+    """torch's own, which round a bf16 result once, against ours; gradients too."""
+    config = CONFIG.replace(norm=norm, bias=norm == "layer_norm")
+    module = norms.build_norm(config, 64)
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 1.0, 0.1)
+    x = torch.randn(3, 5, 64)
+    grad = torch.randn(3, 5, 64)
+    found = []
+    for fuses in (False, True):
+        monkeypatch.setattr(norms, "fuses_norms", lambda _, fuses=fuses: fuses)
+        own = x.clone().requires_grad_()
+        out = module(own)
+        parameters = list(module.parameters())
+        found.append([out, *torch.autograd.grad(out, [own, *parameters], grad)])
+        assert module(x.bfloat16()).dtype == torch.bfloat16
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_norm_weights_get_their_offset_in_fp32():

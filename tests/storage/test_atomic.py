@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 
 import pytest
 
@@ -14,6 +15,8 @@ from toolkit.storage.atomic import (
     new_folder,
     open_atomic,
     remove_tree,
+    reserve_space,
+    start_writing,
     write_atomic,
     write_json_atomic,
 )
@@ -108,3 +111,13 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, unfinished):
         (folder / "x").write_text("1")
         assert os.listdir(tmp_path / "a") == []
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["a", "a/x"]
+
+
+def test_space_that_a_disk_does_not_have_is_refused_at_once(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        reserve_space(file.fileno(), 1 << 20)
+        start_writing(file.fileno(), 0, 1 << 20)
+        if sys.platform == "linux":
+            with pytest.raises(OSError, match=r"File too large|No space left"):
+                reserve_space(file.fileno(), 1 << 60)
+    assert (tmp_path / "a").stat().st_size == 0

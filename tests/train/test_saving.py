@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.workers import WorkerPool
+from toolkit.checkpoint.host_copy import HostCopy
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import RunError, ToolkitError
@@ -49,7 +50,9 @@ def run(
     ).config
     seen = Troubled(trouble)
     before = ShardWriter.write
-    ShardWriter.write = seen.write  # type: ignore[method-assign, assignment]
+    ShardWriter.write = seen.write  # type: ignore[method-assign]
+    finish = HostCopy.finish
+    HostCopy.finish = seen.finish  # type: ignore[method-assign]
     disk_usage = shutil.disk_usage
     if trouble == "no room":
         shutil.disk_usage = lambda _: SimpleNamespace(free=1000)  # type: ignore[assignment, return-value]
@@ -60,7 +63,8 @@ def run(
         code, message = error.exit_code, str(error)
     finally:
         ShardWriter.write = before  # type: ignore[method-assign]
-        shutil.disk_usage = disk_usage  # type: ignore[assignment]
+        HostCopy.finish = finish  # type: ignore[method-assign]
+        shutil.disk_usage = disk_usage
     folder = Path(root) / "runs" / "smoke" / name
     status = json.loads((folder / "metadata" / "status.json").read_text())
     return {
@@ -71,6 +75,7 @@ def run(
         "state": status["state"],
         "most_at_once": seen.most_at_once,
         "main_thread": seen.main_thread,
+        "late_copies": seen.late_copies,
     }
 
 
@@ -78,11 +83,25 @@ class Troubled:
     """`ShardWriter.write` that is slow, or fails for step 6."""
 
     original = ShardWriter.write
+    original_finish = HostCopy.finish
 
     def __init__(self, trouble: str) -> None:
         self.trouble = trouble
         self.at_once = self.most_at_once = 0
         self.main_thread: list[bool] = []
+        self.late_copies = 0
+
+    @property
+    def finish(self) -> Any:
+        """Copies that are slower than a step: the optimizer must wait for them."""
+
+        def finish(copy: HostCopy) -> None:
+            if self.trouble == "slow" and copy._late_on_cpu:
+                self.late_copies += 1
+                time.sleep(0.1)
+            Troubled.original_finish(copy)
+
+        return finish
 
     @property
     def write(self) -> Any:
@@ -131,6 +150,7 @@ def test_background_saves_hold_what_blocking_ones_do(
     assert slow["steps"] == blocking["steps"] == [3, 6, 9, 12]
     assert slow["most_at_once"] == 1
     assert slow["main_thread"] == [False, False, False, True]  # the last one waits
+    assert slow["late_copies"] == 3
     assert blocking["main_thread"] == [True] * 4
     for step in (3, 12):
         ours, theirs = (tensors_of(tmp_path, name, step) for name in ("background", "blocking"))

@@ -6,13 +6,10 @@ one of them writes. A save then needs no collective to know what to write, and a
 copies just the shards of this rank, into host memory that the next save uses again.
 """
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,18 +18,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from toolkit.checkpoint.folder import FileEntry
+from toolkit.checkpoint.host_copy import HostCopy, HostMemory
+from toolkit.checkpoint.shard_file import ShardFile, bytes_in, framed_bytes
 from toolkit.checkpoint.together import place_in
-from toolkit.distributed.devices import wait_for
 from toolkit.errors import CheckpointError
-from toolkit.threads import ThreadPool
 
 Resolve = Callable[[WriteItem], torch.Tensor]
-
-_SYNC_BYTES = 32 << 20
-"""Written between two requests to the disk."""
 
 
 class WrittenShards(NamedTuple):
@@ -57,37 +50,31 @@ class ShardWriter:
         self._shapes: list[tuple[str, torch.Size]] | None = None
         self._plan = SavePlan([])
         self._metadata: Metadata | None = None
-        self._buffers: dict[MetadataIndex, torch.Tensor] = {}
+        self._memory = HostMemory()
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data that this rank writes."""
-        sizes = (item.tensor_data for item in self._plan.items)
-        return sum(
-            data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in sizes if data
-        )
+        return sum(bytes_in(*_kind_of(item)) for item in self._plan.items)
 
     def live(self, tensors: dict[str, torch.Tensor]) -> Resolve:
         """The shards themselves: nothing may change until they are written. All ranks call it."""
         return self._planned(tensors).resolve_data  # type: ignore[return-value]
 
-    def copy(self, tensors: dict[str, torch.Tensor]) -> Resolve:
+    def copy(self, tensors: dict[str, torch.Tensor], *, late: Collection[str] = ()) -> HostCopy:
         """The shards as they are now, in host memory; training may go on. All ranks call it.
 
         The memory belongs to this object: a second `copy` overwrites the first.
+
+        Args:
+            late: names of tensors that nobody changes before `HostCopy.hold_back` is called. They
+                may be copied until then.
         """
         planner = self._planned(tensors)
-        devices = set()
-        for item in self._plan.items:
-            source: Any = planner.resolve_data(item)
-            buffer = self._buffers.get(item.index)
-            if buffer is None:
-                buffer = self._buffers[item.index] = _host_buffer(source)
-            buffer.copy_(source.detach(), non_blocking=True)
-            devices.add(source.device)
-        for device in devices:
-            wait_for(device)
-        return lambda item: self._buffers[item.index]
+        sources: dict[MetadataIndex, Any] = {
+            item.index: planner.resolve_data(item).detach() for item in self._plan.items
+        }
+        return HostCopy(self._memory.room_for(sources), late=late)
 
     def stream(
         self, shapes: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]]
@@ -122,28 +109,14 @@ class ShardWriter:
         name = f"__{self._rank}_0.distcp"
         results = []
         folder.mkdir(exist_ok=True)
-        with _no_crc32(), HashingStream.open(folder / name) as stream, ThreadPool(1) as syncing:
-            request: Future[None] | None = None
-            requested = 0
+        size = sum(framed_bytes(*_kind_of(item)) for item in self._plan.items)
+        with ShardFile.open(folder / name, size) as file:
             for item in self._plan.items:
-                begin = stream.tell()
-                tensor = resolve(item).detach().cpu()
-                is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-                try:
-                    torch.save(tensor if is_whole else tensor.clone(), stream)  # type: ignore[arg-type]
-                except RuntimeError:
-                    # torch's archive writer, which complains of what it finds after a failed write.
-                    if stream.error is not None:
-                        raise stream.error from None
-                    raise
-                info = _StorageInfo(name, begin, stream.tell() - begin)
-                results.append(WriteResult(item.index, info.length, info))
-                if stream.tell() - requested > _SYNC_BYTES and (request is None or request.done()):
-                    request, requested = syncing.submit(stream.sync_passed_on), stream.tell()
-            if request is not None:
-                request.result()
-            stream.sync()
-        return WrittenShards(results, {name: stream.entry()})
+                begin, length = file.add(resolve(item).detach().cpu())
+                info = _StorageInfo(name, begin, length)
+                results.append(WriteResult(item.index, length, info))
+            file.sync()
+        return WrittenShards(results, {name: file.entry()})
 
     def write_metadata(self, folder: Path, results: list[list[WriteResult]]) -> None:
         """DCP's `.metadata`, from what all ranks wrote; rank 0 calls it last."""
@@ -156,7 +129,7 @@ class ShardWriter:
         shapes = [(name, tensor.shape) for name, tensor in tensors.items()]
         if shapes != self._shapes:
             self._make_plan(planner)
-            self._shapes, self._buffers = shapes, {}
+            self._shapes, self._memory = shapes, HostMemory()
         return planner
 
     def _make_plan(self, planner: DefaultSavePlanner) -> None:
@@ -176,9 +149,10 @@ class ShardWriter:
         self._plan = planner.finish_plan(box[0])
 
 
-def _host_buffer(source: torch.Tensor) -> torch.Tensor:
-    pinned = source.device.type == "cuda"
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
+def _kind_of(item: WriteItem) -> tuple[torch.dtype, torch.Size]:
+    """Type and shape of a shard."""
+    assert item.tensor_data is not None, "nothing but tensors is planned"
+    return item.tensor_data.properties.dtype, item.tensor_data.chunk.sizes
 
 
 def _one_ahead(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -190,92 +164,3 @@ def _one_ahead(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
         last = item
     if last is not None:
         yield last
-
-
-@contextmanager
-def _no_crc32() -> Iterator[None]:
-    """The manifest's hashes cover all files; a checksum of each record costs a third of a save."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
-
-
-_SMALL_BYTES = 64 << 10
-"""Writes below this wait for one another."""
-_HELD_BYTES = 1 << 20
-"""Bytes passed on at once."""
-
-
-class HashingStream:
-    """As much of a binary file as `torch.save` uses, hashed as it is written.
-
-    `torch.save` makes forty writes for each tensor, all but one of them tiny: those wait for one
-    another, so that the system is not called for each.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        import xxhash
-
-        self._file = file
-        self._size = 0
-        self._held = bytearray()
-        self._digest = xxhash.xxh3_64()
-        self.error: OSError | None = None
-        """The first write that failed."""
-
-    @classmethod
-    @contextmanager
-    def open(cls, path: Path) -> Iterator["HashingStream"]:
-        """A stream into the new file `path`."""
-        with path.open("wb", buffering=0) as file:
-            yield cls(file)
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if len(view) < _SMALL_BYTES:
-            self._held += view
-            if len(self._held) > _HELD_BYTES:
-                self.flush()
-        else:
-            self.flush()
-            self._pass_on(view)
-        self._size += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self._size
-
-    def sync(self) -> None:
-        """Make all that was written durable."""
-        self.flush()
-        self.sync_passed_on()
-
-    def sync_passed_on(self) -> None:
-        """The same for what no longer waits here; any thread may call it."""
-        os.fsync(self._file.fileno())
-
-    def flush(self) -> None:
-        if self._held:
-            self._pass_on(memoryview(self._held))
-            self._held = bytearray()
-
-    def entry(self) -> FileEntry:
-        """Size and hash of what was flushed."""
-        return FileEntry(self._size, self._digest.hexdigest())
-
-    def _pass_on(self, view: memoryview) -> None:
-        done = 0
-        try:
-            while done < len(view):
-                # So little that the processor's cache still holds it when it is written.
-                part = view[done : done + _HELD_BYTES]
-                self._digest.update(part)
-                done += len(part)
-                while len(part):  # an unbuffered file may take less than it is given
-                    part = part[self._file.write(part) :]
-        except OSError as error:
-            self.error = self.error or error
-            raise

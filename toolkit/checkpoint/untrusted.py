@@ -267,3 +267,5 @@ _NAMES = {
     ("torch", "ByteStorage"): torch.uint8,
     ("torch", "BoolStorage"): torch.bool,
 }
+STORED_DTYPES = frozenset(kind for kind in _NAMES.values() if isinstance(kind, torch.dtype))
+"""Types of tensors that can be read."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -28,6 +29,7 @@ from toolkit.cli import (
     schedule,
     stop_leaving,
     train,
+    tune,
 )
 from toolkit.cli.options import OVERRIDABLE, Invocation, option
 from toolkit.cli.output import has_lost_reader, open_missing_streams, outlive_readers
@@ -83,6 +85,10 @@ _OTHER_NAMES = {
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
 
+_COLLECTIONS = (100_000, 10, 10)
+"""Objects and younger collections before Python looks for garbage. Its own 700 suit small programs:
+a fifth of the time that torch and its like take to load would go into it."""
+
 _CHATTY = ("torchao", "torch.utils._pytree")
 """Loggers that tell of kernels for other devices when transformers or peft import torchao."""
 
@@ -100,6 +106,7 @@ app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launc
 app.add_typer(launch.jobs, name="jobs")
 app.command(context_settings=OVERRIDABLE)(plan.plan)
 app.command(context_settings=OVERRIDABLE)(schedule.schedule)
+app.command(context_settings=OVERRIDABLE)(tune.tune)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
@@ -131,6 +138,7 @@ def _toolkit(
 
 def main() -> None:
     """The console script: run the command line and exit with the code of what happened."""
+    gc.set_threshold(*_COLLECTIONS)
     set_defaults()
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
     "generate", "launch", "launching", "load", "merge", "mix", "plan",
-    "recipes", "replay", "runs", "schedule", "train", "verify",
+    "recipes", "replay", "runs", "schedule", "train", "tune", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         runs,
         schedule,
         train,
+        tune,
         verify,
     )
 else:

@@ -73,6 +73,7 @@ def _versions() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
+    from toolkit.autotune.question import measures
     from toolkit.distributed.devices import device_name, pick_device, unused_gpus, usable_gpus
     from toolkit.distributed.environment import is_fast_at_bf16
 
@@ -80,6 +81,8 @@ def _device() -> Iterator[Finding]:
         yield Finding("failed", "device", reason)
     device, gpus = pick_device(local_rank=0), usable_gpus()
     precision = "bf16" if is_fast_at_bf16(device) else "fp32"
+    if device.type == "cpu" and measures():
+        precision = "fp32 or bf16, as a run measures"
     name = device_name(device)
     if gpus:
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30

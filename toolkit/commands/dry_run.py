@@ -13,6 +13,7 @@ from toolkit.commands.load import check_data_files
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
@@ -31,6 +32,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
+from toolkit.launch.capacity import capacity_here
 from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import describe_quantised, flops_per_token, quantised_layers
 from toolkit.optim.groups import describe_groups, group_records
@@ -56,7 +58,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("data", _data(config, corpus)),
         ("batch", _batch(config, layout)),
         ("duration", _duration(config, corpus)),
-        ("engine", _engine(config, layout)),
+        ("engine", _engine(config, layout, environ)),
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, batches_of(config, corpus), loaded.origins)),
@@ -216,10 +218,12 @@ def _duration(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
     return lines if stop is None else [*lines, f"hard stop after {length(stop)}"]
 
 
-def _engine(config: ExperimentConfig, layout: Layout) -> list[str]:
+def _engine(config: ExperimentConfig, layout: Layout, environ: Mapping[str, str]) -> list[str]:
     precision: str = layout.precision
     if precision == "auto":
-        precision = "auto: bf16 where the hardware is fast at it, else fp32"
+        precision = "auto: bf16 on GPUs that have it, fp32 on CPUs"
+        if not capacity_here().gpus:
+            precision = foreseen(config, layout, environ) or precision
     mesh = ""
     if layout.dp_replicate > 1 and layout.dp_shard > 1:
         mesh = f", {layout.dp_replicate} replicas x {layout.dp_shard} shards"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.autotune.question import not_measuring
 from toolkit.checkpoint.folder import check_files, read_metadata, saved_steps, step_folder, step_of
 from toolkit.commands.receipt import Receipt, ReplayPlan, compare
 from toolkit.commands.train import read_run_data, train
@@ -90,7 +91,8 @@ def replay_steps(
     with scratch as root, quieter(logging.WARNING, "toolkit.experiment.run", "toolkit.train"):
         config = replay_config(plan, root, environ)
         # What it stores goes away with the folder; the recorded config has no secrets filled in.
-        code = train(config, stored=config_of(plan.folder, plan.recorded[0].attempt))
+        with not_measuring():
+            code = train(config, stored=config_of(plan.folder, plan.recorded[0].attempt))
         if rank != 0:
             return code
         if code != EXIT_DONE:
@@ -138,6 +140,8 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
     if recorded is not None:
         module = parallel_again(module, recorded, recorded.world_size, environ)
         module = module.replace(precision=precision_again(module, recorded.precision, environ))
+        if module.compile_model == "auto":
+            module = module.replace(compile_model=bool(recorded.chosen.compile_model))
     trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
     if config.train_module.lora is None:
         defaults = TrainerConfig()
@@ -154,6 +158,8 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         checkpoints = Path(str(run.save_folder)) / RUN_FILES.checkpoints
         checkpoints.mkdir(parents=True, exist_ok=True)
         (checkpoints / plan.checkpoint.name).symlink_to(plan.checkpoint, target_is_directory=True)
+    if recorded is not None and trainer.num_threads is None:
+        trainer = trainer.replace(num_threads=recorded.chosen.threads)
     trainer = trainer.replace(
         hard_stop=Duration(value=plan.recorded[-1].step),
         no_checkpoints=True,

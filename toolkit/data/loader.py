@@ -24,7 +24,7 @@ from toolkit.data.order.plan import Segment
 from toolkit.data.prefetch import prefetch_to_device, read_ahead
 from toolkit.errors import DataError
 
-CHUNK_TOKENS = 1 << 16
+CHUNK_TOKENS = 1 << 17
 """Tokens of one rank read at once: small batches are read many at a time."""
 ORDERED_INSTANCES = 4096
 """Instances whose order is computed at once: a few numbers cost as much as many."""

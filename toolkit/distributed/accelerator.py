@@ -60,7 +60,7 @@ def build_accelerator(
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
-            reshard_after_forward=layout.dp_config.reshard_after_forward,
+            reshard_after_forward=bool(layout.dp_config.reshard_after_forward),
             cpu_ram_efficient_loading=False,
         )
     return accelerator

@@ -20,6 +20,8 @@ PARALLEL_FIELDS = ("dp_config", "tp_config", "cp_config", "pp_config", "ep_confi
 """Of the train module's config, and of what a run records of them."""
 
 _FSDP_ONLY = ("reduce_dtype", "reshard_after_forward", "wrapping_strategy", "prefetch_factor")
+_FORMER: dict[str, Any] = {"reshard_after_forward": True, "wrapping_strategy": "blocks"}
+"""Defaults of release 0.1.0, which the records of its runs have for every engine."""
 
 
 class DataParallelConfig(Config, kw_only=True):
@@ -37,16 +39,19 @@ class DataParallelConfig(Config, kw_only=True):
     """`hsdp` only: number of replica groups; default 2."""
     shard_degree: int | None = None
     """`hsdp` only: ranks per shard group; default: world size / num_replicas."""
-    reshard_after_forward: bool = True
-    """`fsdp`, `hsdp`: free gathered weights after each block's forward (less memory, one more
-    gather in backward). Pipelines keep them until the end of a step."""
-    wrapping_strategy: WrappingStrategy = "blocks"
-    """`fsdp`, `hsdp`: what is gathered at once. `blocks`: a block, and all that is outside of
-    blocks; `full`: the output head by itself too; `fine_grained`: besides, attention and
-    feed-forward of each block by themselves (less memory, more and smaller gathers)."""
+    reshard_after_forward: bool | Literal["auto"] = "auto"
+    """`fsdp`, `hsdp`: free gathered weights after the forward of each block but the last (less
+    memory, two gathers in each microbatch). False: keep them to the last backward of a step, of
+    which there is one gather. `auto`: keep them on a GPU of whose memory they take a tenth at most.
+    Pipelines always keep them."""
+    wrapping_strategy: WrappingStrategy = "full"
+    """`fsdp`, `hsdp`: what is gathered, and reduced, at once. `blocks`: a block, and all that is
+    outside of blocks; `full`: a head that is not tied by itself too, while blocks are computed;
+    `fine_grained`: besides, attention and feed-forward of each block by themselves (less memory,
+    more and smaller gathers)."""
     prefetch_factor: int = 0
     """`fsdp`, `hsdp`: gather this many units ahead of the one that is computed, forward and
-    backward; 0: FSDP2's own choice, none forward and one backward."""
+    backward; 0: FSDP2's own choice, none forward and one backward; with `ep_config`, two."""
     cpu_offload: bool = False
     """Keep the optimizer state in host memory, and the sharded weights too where the engine shards
     them (`fsdp`, `hsdp`, `zero3`)."""
@@ -58,7 +63,8 @@ class DataParallelConfig(Config, kw_only=True):
         check_not_negative(self, "prefetch_factor")
         if self.name not in ("fsdp", "hsdp"):
             plain = DataParallelConfig(name="fsdp")
-            given = [name for name in _FSDP_ONLY if getattr(self, name) != getattr(plain, name)]
+            known = {name: (getattr(plain, name), _FORMER.get(name)) for name in _FSDP_ONLY}
+            given = [name for name, values in known.items() if getattr(self, name) not in values]
             if given:
                 raise ValueError(f"{' and '.join(given)} needs fsdp or hsdp, not {self.name}")
         if self.name != "hsdp" and (self.num_replicas or self.shard_degree):

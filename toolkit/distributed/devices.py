@@ -2,12 +2,13 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from toolkit.distributed.ranks import has_own_gpu, wants_cpu
+from toolkit.distributed.tuning import cpu_name
 from toolkit.errors import ConfigError
 from toolkit.wording import count
 
@@ -75,23 +76,63 @@ def wait_for(device: torch.device) -> None:
         torch.get_device_module(device).current_stream(device).synchronize()
 
 
+class Copies:
+    """Copies of tensors of `device` into host memory, under way beside what it computes.
+
+    Args:
+        pairs: (where to, what). Nobody may change the tensors before `hold_back` is called.
+    """
+
+    def __init__(
+        self, device: torch.device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._device = device
+        self._done: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            for buffer, source in pairs:
+                buffer.copy_(source, non_blocking=True)
+            wait_for(device)
+            return
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for buffer, source in pairs:
+                buffer.copy_(source, non_blocking=True)
+        self._pairs = pairs  # the memory of a source that nobody else holds would be used again
+        self._done = torch.cuda.Event(blocking=True)
+        self._done.record(stream)
+
+    def hold_back(self) -> None:
+        """Have what this thread asks of the device from now on come after the copies. The caller
+        does not wait."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def wait(self) -> None:
+        """Until they are done; any thread may call it."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
+def host_memory(size: int, devices: Collection[torch.device]) -> torch.Tensor:
+    """`size` bytes of host memory, page-locked where tensors of a GPU are copied there.
+
+    torch's own allocator of such memory rounds up to a power of two, so ordinary memory is locked.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if size and any(device.type == "cuda" for device in devices):
+        runtime, address = torch.cuda.cudart(), memory.data_ptr()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+        unlock = weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        unlock.atexit = False  # CUDA may be gone by then
+    return memory
+
+
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the model of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()} GPU" if device.type == "mps" else cpu_name()
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
 
 
 def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:

@@ -22,8 +22,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from toolkit.autotune.choices import Choices
+from toolkit.autotune.choose import Answer
+from toolkit.autotune.question import Aspect
+from toolkit.distributed.choosing import (
+    answer_of,
+    question_of,
+    recorded_choices,
+    save_folder_of,
+)
 from toolkit.distributed.config import LogRanks
-from toolkit.distributed.devices import pick_device, use_device
+from toolkit.distributed.devices import device_name, pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
 from toolkit.distributed.layout import Layout, layout_of, resolve_layout
 from toolkit.distributed.logging import is_set_up, setup_logging
@@ -57,6 +66,8 @@ class TrainingEnvironment:
     """Of every collective."""
     shared_filesystem: bool | None = None
     """Whether all machines see the same files; None: not known."""
+    choices: Choices = dataclasses.field(default_factory=Choices)
+    """What `auto` became on all ranks."""
 
     @property
     def world_size(self) -> int:
@@ -207,8 +218,11 @@ def prepare_training_environment(
     timeout: datetime.timedelta | None = None,
     log_filter_type: LogRanks | None = None,
     shared_filesystem: bool | None = None,
+    run_dir: Path | None = None,
+    anew: frozenset[Aspect] = frozenset(),
 ) -> TrainingEnvironment:
-    """Seed, pick the device, resolve the layout and open the process groups.
+    """Seed, pick the device, resolve the layout, open the process groups, and choose what the
+    config leaves to `auto` (docs/performance.md).
 
     Args:
         config: an `ExperimentConfig`; `seed`, `train_module` and `trainer` are read.
@@ -220,6 +234,8 @@ def prepare_training_environment(
             `config.trainer.log_ranks`, and nothing where a script has set up `logging` itself.
         shared_filesystem: whether all machines see the same files; default: looked at when a run
             folder is opened.
+        run_dir: of rank 0, a run that is started or goes on: what it has chosen before stays, but
+            for what is chosen `anew`; default: the one that `config.run` names.
 
     Raises ConfigError where launcher and config disagree about the engine, or there are more
     processes than accelerators.
@@ -245,13 +261,14 @@ def prepare_training_environment(
     _seed_everything(config.seed)
     if config.trainer.deterministic:
         _use_deterministic_algorithms()
+    local_size = int(said) if said else world_size
     if device.type == "cpu" or offloads(layout.dp_config):
-        tune_cpu(local_world_size=int(said) if said else world_size)
+        asked = getattr(config.trainer, "num_threads", None)
+        tune_cpu(local_world_size=local_size, threads=asked)
     if device.type == "cuda":
         # By it Accelerate and DeepSpeed choose a device. A process that sees its own GPU alone has
         # device 0 whatever its number.
         os.environ["LOCAL_RANK"] = str(device.index)
-        torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
     timeout = timeout or datetime.timedelta(seconds=config.trainer.collective_timeout)
     groups = {}
     if world_size > 1 or layout.name not in ("single", "ddp"):
@@ -261,34 +278,63 @@ def prepare_training_environment(
             name: dist.new_group(backend="gloo", timeout=timeout)
             for name in ("cpu_group", "metrics_group", "checkpoint_group")
         }
-    return TrainingEnvironment(
+    environment = TrainingEnvironment(
         rank=rank,
         local_rank=local_rank,
         device=device,
-        layout=settle_precision(layout, device),
+        layout=layout,
         seed=config.seed,
         timeout=timeout,
         shared_filesystem=shared_filesystem,
         **groups,
     )
+    return _with_choices(environment, config, local_size, run_dir, anew)
+
+
+def _with_choices(
+    environment: TrainingEnvironment,
+    config: Any,
+    local_world_size: int,
+    run_dir: Path | None,
+    anew: frozenset[Aspect],
+) -> TrainingEnvironment:
+    """`environment` with what rank 0 has chosen, in use on this rank."""
+    device, layout, answer = environment.device, environment.layout, Answer(Choices())
+    if environment.is_main and getattr(config, "model", None) is not None:
+        is_cuda = device.type == "cuda"
+        question = question_of(
+            config,
+            layout,
+            device=device.type,
+            name=device_name(device),
+            capability=torch.cuda.get_device_capability(device) if is_cuda else None,
+            local_world_size=local_world_size,
+        )
+        if question is not None:
+            fixed = settle_precision(layout, device).precision
+            recorded = recorded_choices(run_dir or save_folder_of(config))
+            answer = answer_of(question, device, fixed=fixed, recorded=recorded, anew=anew)
+    choices, notices = environment.broadcast(answer)
+    precision = choices.precision if layout.precision == "auto" else layout.precision
+    if precision is not None:
+        layout = msgspec.structs.replace(layout, precision=precision)
+    layout = settle_precision(layout, device)
+    layout = msgspec.structs.replace(layout, notices=(*layout.notices, *notices))
+    if choices.threads is not None:  # at most this rank's own share of its machine
+        torch.set_num_threads(min(choices.threads, torch.get_num_threads()))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
+    return dataclasses.replace(environment, layout=layout, choices=choices)
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:
-    """Whether `auto` precision means bf16: CUDA >= 8.0, CPUs with AMX.
-
-    AVX512-BF16 alone does not count: measured, its bf16 products run at half the speed of fp32 ones
-    (docs/LOG.md).
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    """Whether `auto` precision is bf16 where nothing is measured: CUDA >= 8.0. On CPUs flags do not
+    tell: AVX512-BF16 is twice as fast as fp32 on some, and half as fast on others (docs/LOG.md)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def settle_precision(layout: Layout, device: torch.device) -> Layout:
-    """`layout` with `auto` replaced by what this device is fast at."""
+    """`layout` with `auto` replaced by what it is where nothing is measured."""
     if layout.precision != "auto":
         return layout
     return msgspec.structs.replace(layout, precision="bf16" if is_fast_at_bf16(device) else "fp32")

@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
 
 from toolkit.config.named import named
 from toolkit.distributed.accelerator import deepspeed_settings, init_deepspeed
@@ -30,11 +27,11 @@ from toolkit.distributed.activations import (
 from toolkit.distributed.config import ActivationCheckpointingConfig, Float8Config
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
-from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
 from toolkit.distributed.float8 import apply_float8, gathers_float8, scales_of
+from toolkit.distributed.fully_sharded import shard_fully
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.process_groups import set_collective_timeouts
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
@@ -42,12 +39,12 @@ from toolkit.distributed.sizes import (
     Besides,
     breaks_in_blocks,
     check_combination,
-    sharded_dimension,
 )
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
+from toolkit.models.architecture import CompileMode
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
 from toolkit.models.parameters import QuantisedLayers
 from toolkit.models.quantised import quantise_layers, quantised_linears
@@ -62,6 +59,7 @@ def prepare_engine(
     max_grad_norm: float | None,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    compile_mode: CompileMode = "default",
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
     quantised: QuantisedLayers | None = None,
@@ -81,6 +79,7 @@ def prepare_engine(
         environment,
         ac_config=ac_config,
         compile_model=compile_model,
+        compile_mode=compile_mode,
         float8_config=float8_config,
         activation_offload=activation_offload,
         quantised=quantised,
@@ -117,6 +116,7 @@ def materialize(
     *,
     ac_config: ActivationCheckpointingConfig | None = None,
     compile_model: bool = False,
+    compile_mode: CompileMode = "default",
     float8_config: Float8Config | None = None,
     activation_offload: bool = False,
     quantised: QuantisedLayers | None = None,
@@ -132,6 +132,7 @@ def materialize(
     asked = Besides(
         quantize_base=None if quantised is None else quantised.kind,
         compiles_selected_ops=compile_model and selects,
+        compile_mode=compile_mode,
     )
     check_combination(layout, asked)
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
@@ -146,13 +147,13 @@ def materialize(
         if quantised is not None:
             quantise_layers(part, quantised)
         if compile_model and has_breaks:
-            compiling.compile_model(part, inside_checkpoints=True)
+            compiling.compile_model(part, inside_checkpoints=True, mode=compile_mode)
         if ac_config is not None:
             apply_activation_checkpointing(part.blocks, ac_config)
         if activation_offload:
             apply_offload(part.blocks)
         if compile_model and not has_breaks:
-            compiling.compile_model(part)
+            compiling.compile_model(part, mode=compile_mode)
     if compile_model:
         # Blocks are compiled one by one. DDP's own splitting would cut each of them again, where
         # a bucket of gradients ends.
@@ -164,7 +165,7 @@ def materialize(
     if not is_meta:
         model.to(device)
     for part in parts if layout.is_fsdp else ():
-        _fully_shard(part, environment)
+        shard_fully(part, environment)
     if is_meta:
         model.to_empty(device=device)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
@@ -193,82 +194,6 @@ def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, S
             load_balance=config.load_balance,
             multiple_of=layout.tp,
         )
-
-
-def _fully_shard(model: nn.Module, environment: TrainingEnvironment) -> None:
-    """FSDP2 over the ranks that share the weights; experts that lie on several ranks, over those
-    that share the same ones."""
-    layout, settings = environment.layout, environment.layout.dp_config
-    blocks: Any = model.blocks
-    mesh = expert_mesh = environment.fsdp_mesh
-    experts: list[Any] = []
-    if layout.ep > 1:
-        axes = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
-        expert_mesh = environment.expert_mesh[axes]
-        experts = [block.feed_forward.experts for block in blocks if block.has_experts]
-    for module in model.modules():
-        ranks = (expert_mesh if module in experts else mesh).size(-1)
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if sharded_dimension(parameter.shape, ranks) is None:
-                flat = nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad)
-                setattr(module, key, flat)
-    shared: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype(layout.precision),
-            reduce_dtype=getattr(torch, settings.reduce_dtype),
-            output_dtype=None,
-            cast_forward_inputs=False,
-        ),
-    }
-    if settings.cpu_offload:
-        shared["offload_policy"] = CPUOffloadPolicy(pin_memory=environment.device.type == "cuda")
-    # torch's stages keep gathered weights from the first backward to the end of a step: to free
-    # them after a forward would only gather them again for the next microbatch.
-    reshards = settings.reshard_after_forward and layout.pp == 1
-
-    def shard(module: Any, over: DeviceMesh, *, reshard: bool) -> Any:
-        def place(parameter: nn.Parameter) -> Shard:
-            return Shard(sharded_dimension(parameter.shape, over.size(-1)) or 0)
-
-        return fully_shard(
-            module,
-            mesh=over,
-            reshard_after_forward=reshard,
-            shard_placement_fn=place,
-            **shared,
-        )
-
-    units: list[Any] = []
-    for block in blocks:
-        parts: list[Any] = [block]
-        if settings.wrapping_strategy == "fine_grained":
-            parts += [block.attention, block.feed_forward]
-        if experts and block.has_experts:
-            parts.append(block.feed_forward.experts)
-        for part in reversed(parts):  # inner ones first
-            over = expert_mesh if part in experts else mesh
-            shard(part, over, reshard=reshards)
-        units += parts
-    if settings.wrapping_strategy != "blocks" and model.head is not None:
-        units.append(shard(model.head, mesh, reshard=False))
-    # The root holds embedding and head, which the forward needs first and last: never resharded
-    # in between.
-    root = shard(model, mesh, reshard=False)
-    # What torch has as defaults, but may change: gradients are reduced every microbatch.
-    root.set_requires_gradient_sync(True)
-    root.set_requires_all_reduce(True)
-    root.set_reshard_after_backward(True)
-    for unit in (*units, root):
-        # As a mean, which the collective takes where it can; or as a sum, where meshes of different
-        # sizes would take different means. (A factor other than 1 is no way to the same: torch 2.13
-        # divides by it twice in a group of one rank, and gloo has no such operation in fp32.)
-        unit.set_force_sum_reduction_for_comms(layout.sums_gradients)
-        if layout.sums_gradients:
-            unit.set_gradient_divide_factor(1.0)
-    ahead = settings.prefetch_factor
-    for index, unit in enumerate(units if ahead else ()):
-        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
-        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])
 
 
 def _partition(

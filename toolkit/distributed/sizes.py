@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.layout import Layout
 from toolkit.errors import ConfigError, ErrorList
+from toolkit.models.architecture import GRAPH_MODES, CompileMode
 from toolkit.models.config import TransformerConfig
 from toolkit.optim.base import OPTIM_KEY, Optimizer
 from toolkit.wording import count
 
 LARGEST_SHARE = 1.1
 """Most that a rank may hold of stacked matrices, as a multiple of an even share."""
+
+GATHERED_SHARE = 0.1
+"""Of a device's memory, the most that gathered weights take without being asked to stay."""
 
 
 def check_sizes(layout: Layout, model: TransformerConfig) -> None:
@@ -50,6 +55,7 @@ class Besides(NamedTuple):
     """What an adapter's base is kept in."""
     compiles_selected_ops: bool = False
     """Compiled blocks keep the results of some operations (`ac_config.mode: selected_ops`)."""
+    compile_mode: CompileMode = "default"
 
 
 def check_combination(layout: Layout, besides: Besides) -> None:
@@ -85,6 +91,13 @@ def check_combination(layout: Layout, besides: Besides) -> None:
             "use mode: full, or leave train_module.compile_model out"
         )
         found.add(ConfigError(problem, key="train_module.ac_config.mode"))
+    if besides.compile_mode in GRAPH_MODES:
+        axes = [axis for axis in ("tp", "cp", "pp", "ep") if getattr(layout, axis) > 1]
+        if layout.name not in ("single", "ddp") or axes:
+            # Weights are gathered into other memory than when a graph was recorded.
+            problem = f"{besides.compile_mode} records CUDA graphs, for single and ddp alone"
+            problem = f"{problem}; use max-autotune-no-cudagraphs or default"
+            found.add(ConfigError(problem, key="train_module.compile_mode"))
     if besides.has_frozen:
         refuse(stages, "train_module.freeze", "use fsdp, tp_config or cp_config")
     if besides.own_model is not None:
@@ -131,6 +144,22 @@ def breaks_in_blocks(layout: Layout) -> str:
         "train_module.dp_config.wrapping_strategy fine_grained": is_fine,
     }
     return ", ".join(name for name, does in found.items() if does)
+
+
+def keeps_gathered(
+    settings: DataParallelConfig, gathered: int, memory: int | None, *, has_pipeline: bool
+) -> bool:
+    """Whether FSDP keeps weights gathered from the first forward of a step to its last backward.
+
+    `gathered` are the bytes of all weights of a rank in the compute type, `memory` those of its
+    device, None where they are not known. Left to us (`auto`), weights may take `GATHERED_SHARE` of
+    the memory. torch's pipelines keep them always: freed after a forward they would only be
+    gathered again for the next microbatch.
+    """
+    asked = settings.reshard_after_forward
+    if has_pipeline or asked != "auto":
+        return has_pipeline or not asked
+    return memory is not None and gathered <= GATHERED_SHARE * memory
 
 
 def sharded_dimension(shape: Sequence[int], ranks: int) -> int | None:

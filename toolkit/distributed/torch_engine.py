@@ -29,6 +29,7 @@ from toolkit.distributed.engine import (
     state_of,
 )
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.fully_sharded import free_after_backward
 from toolkit.distributed.shards import ShardSpec, local_boxes, local_tensor, stored_tensor
 from toolkit.distributed.whole_matrices import Held
 from toolkit.models.kernels import fused_steps_are_told
@@ -125,6 +126,7 @@ class TorchEngine(Engine):
             # over the replicas, waits for the last.
             fsdp: Any = self.module
             fsdp.set_is_last_backward(is_last)
+            free_after_backward(fsdp, frees=is_last)
             if self.environment.layout.dp_replicate > 1:
                 fsdp.set_requires_all_reduce(is_last)
         return contextlib.nullcontext()

@@ -145,9 +145,10 @@ def besides_layout(config: ExperimentConfig) -> Besides:
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,
-        compiles_selected_ops=module.compile_model
+        compiles_selected_ops=module.compile_model is True
         and module.ac_config is not None
         and module.ac_config.mode == "selected_ops",
+        compile_mode=module.compile_mode,
     )
 
 
@@ -320,6 +321,8 @@ def _check_batches(config: ExperimentConfig, world_size: int) -> None:
     for key, (_, batch) in sizes:
         unit = sequence * world_size
         found.ask(_check_multiple, key, batch, unit, f"{per_sequence} x {ranks}")
+    largest = max(batch for _, (_, batch) in sizes)
+    found.ask(config.train_module.check_graphs, largest // world_size)
     if microbatch is not None:
         found.ask(_check_multiple, MICROBATCH, microbatch, sequence, per_sequence)
         if not found.errors:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from toolkit.autotune.choices import Choices
 from toolkit.config.check import check
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
@@ -58,6 +59,8 @@ class EngineRecord(RecordedParallelism, frozen=True, kw_only=True):
     """Model of the GPU, else of the CPU."""
     kernels: dict[str, str] = {}
     """Part of the model -> the kernel that computes it; empty: not recorded."""
+    chosen: Choices = Choices()
+    """What `auto` became."""
 
     def __str__(self) -> str:
         configs = {name: getattr(self, name) for name in PARALLEL_FIELDS[1:]}

@@ -6,8 +6,10 @@ prepares data.
 """
 
 import contextlib
+import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -192,10 +194,13 @@ def _run(
         corpus = data.prepare(config)
         if corpus is not None:
             check_corpus(config, corpus)
+        is_first = "torch" not in sys.modules
         # It needs torch: bad text is reported seconds sooner without it.
         from toolkit.experiment.device_checks import check_device
         from toolkit.experiment.training import Training
 
+        if is_first:
+            gc.freeze()  # modules are no garbage: no collection has to look at them again
         training = Training(config, corpus, layout.batch_rank(rank), layout.batch_ranks)
     except DataError as error:
         # The other processes of this machine see the same files; other machines may not.

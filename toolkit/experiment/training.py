@@ -9,12 +9,14 @@ import msgspec
 import torch
 
 from toolkit import signals
+from toolkit.autotune.choices import Choices
 from toolkit.config.named import named
 from toolkit.data.corpus import open_corpus
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.loader import TrainLoader, get_dataloaders
+from toolkit.distributed.choosing import PATHS
 from toolkit.distributed.config import PARALLEL_FIELDS
-from toolkit.distributed.devices import cpu_name, device_name, usable_gpus
+from toolkit.distributed.devices import device_name, usable_gpus
 from toolkit.distributed.environment import (
     TrainingEnvironment,
     check_shared_folder,
@@ -22,6 +24,7 @@ from toolkit.distributed.environment import (
 )
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.logging import add_log_file, log_failure
+from toolkit.distributed.tuning import cpu_name
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError, TrainingError
 from toolkit.experiment.agreement import check_agreement
 from toolkit.experiment.changes import config_changes
@@ -102,12 +105,13 @@ class Training:
         layout: Layout,
         origins: Mapping[str, str],
         kernels: Mapping[str, str] | None = None,
+        choices: Choices | None = None,
     ) -> None:
         """Write what a start is made from into the run's metadata/ and status."""
-        log_config(run, config.to_dict(), layout, config.model.num_parameters)
+        log_config(run, config.to_dict(), layout, config.model.num_parameters, choices)
         kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
         run.metadata.log(kept, RUN_FILES.origins)
-        run.metadata.log(describe_engine(layout, kernels), RUN_FILES.engine)
+        run.metadata.log(describe_engine(layout, kernels, choices), RUN_FILES.engine)
 
     def train(
         self,
@@ -119,7 +123,11 @@ class Training:
     ) -> int:
         """Train to the end, or to a stop; returns the exit code. All ranks call it; those other
         than 0 have no `run`, and follow rank 0 to where it writes."""
-        environment = prepare_training_environment(self.config)
+        environment = prepare_training_environment(
+            self.config,
+            run_dir=None if run is None else run.folder,
+            anew=frozenset(a for a, path in PATHS.items() if origins.get(path, "")[:2] == "--"),
+        )
         log_file, trainer, train_dl, has_failed = None, None, None, False
         # To the very end: a rank that ends because of another one must say so before a signal ends
         # it.
@@ -155,7 +163,8 @@ class Training:
                 if environment.is_main:
                     _log_changes(before, stored, run, trainer)
                 # Not before: a run that cannot be continued with this config keeps the one it has.
-                self.log_configs(stored, run, environment.layout, origins, train_module.kernels)
+                kept = environment.layout, origins, train_module.kernels, environment.choices
+                self.log_configs(stored, run, *kept)
                 until_the_end.enter_context(signals.listening(trainer.state.stop_request))
                 signals.settle()
                 result = trainer.fit()
@@ -224,7 +233,9 @@ def _explaining_memory(
         raise TrainingError(f"rank {environment.rank}: {message}") from error
 
 
-def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) -> EngineRecord:
+def describe_engine(
+    layout: Layout, kernels: Mapping[str, str] | None = None, choices: Choices | None = None
+) -> EngineRecord:
     """The engine of `layout` on this machine, as metadata/engine.json keeps it."""
     return EngineRecord(
         name=layout.name,
@@ -234,6 +245,7 @@ def describe_engine(layout: Layout, kernels: Mapping[str, str] | None = None) ->
         device=torch.cuda.get_device_name() if usable_gpus() else cpu_name(),
         **{name: getattr(layout, name) for name in PARALLEL_FIELDS},
         kernels=dict(kernels or {}),
+        chosen=choices or Choices(),
     )
 
 

@@ -47,7 +47,7 @@ def capacity_here(environ: Mapping[str, str] = os.environ) -> Capacity:
         if gpus := usable_gpus():
             return Capacity(gpus, f"{count(gpus, 'GPU')}, for one process each", gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    free = _free_memory()
+    free = free_memory()
     by_cores = PROCESSES_PER_CORE * (cores or 1)
     by_memory = max(1, free // BYTES_PER_PROCESS)
     if by_memory < by_cores:
@@ -71,7 +71,7 @@ def _may_have_gpus(environ: Mapping[str, str]) -> bool:
     return _gpus_of_driver(environ) > 0 or Path("/dev/kfd").exists()
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that processes can still take: of the machine, and of this container (cgroup v2)."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # none, or "max"

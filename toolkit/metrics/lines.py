@@ -175,7 +175,11 @@ def _finite(value: Any) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        # Most values need no call.
+        return {
+            k: v if type(v) is int or (type(v) is float and math.isfinite(v)) else _finite(v)
+            for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value

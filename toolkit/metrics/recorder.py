@@ -6,14 +6,19 @@ What happens to one value:
 2. Every `collect_interval` steps the scalars of the block are stacked into one tensor, whose copy
    to pinned host memory is started but not awaited.
 3. A background thread waits for that copy, reduces the whole block over ranks with one call of
-   `reduce`, and gives the block, one dict per step in step order, to `deliver`.
+   `reduce`, and gives the block, one dict per step in step order, to `deliver`. A single rank may
+   take the blocks of `least_seconds` at once, so that its work does not grow as steps get short.
 
 Every rank must record the same names in the same order at the same steps: the blocks of all ranks
 are then alike, and so are the calls of `reduce`.
 """
 
+import collections
 import concurrent.futures
-from collections.abc import Callable, Iterator, Mapping
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +47,10 @@ class _Record(NamedTuple):
     reductions: Mapping[str, Reduction]
 
 
+_Block = tuple[list[_Record], Callable[[], list[dict[str, Any]]]]
+"""Records, and what waits for their values and gives them."""
+
+
 class PendingFlush(NamedTuple):
     """What `begin_flush` started."""
 
@@ -62,6 +71,8 @@ class MetricsRecorder:
     `collect_interval` is in steps. `reduce` is None for a single rank. `sync` is called by `flush`
     after the last delivery, to bring files to disk. `start_step` is the last step that an earlier
     attempt recorded: only later ones may come, in other streams that one too.
+    Deliveries begin at least `least_seconds` after one another, unless `flush` waits for them; with
+    `reduce` it is 0, since blocks of all ranks are alike.
     """
 
     def __init__(
@@ -72,8 +83,10 @@ class MetricsRecorder:
         reduce: Reduce | None = None,
         sync: Callable[[], None] = lambda: None,
         start_step: int = 0,
+        least_seconds: float = 0.0,
     ) -> None:
         self._interval = collect_interval
+        self._least_seconds = least_seconds
         self._reduce = reduce
         self._deliver = deliver
         self._sync = sync
@@ -84,6 +97,13 @@ class MetricsRecorder:
         self._error: BaseException | None = None
         self._is_closed = False
         self._worker = Worker("metrics")
+        self._waiting: collections.deque[_Block] = collections.deque()
+        """Handed over, and not delivered yet, where `least_seconds` may pass."""
+        self._is_asked = False
+        """Whether the thread will look for them."""
+        self._hurry = threading.Event()
+        """Somebody waits for them."""
+        self._delivered_at = -math.inf
 
     def record(
         self,
@@ -145,6 +165,7 @@ class MetricsRecorder:
         """`flush` without waiting. `after` is called in the delivering thread when everything up to
         here, and nothing later, is delivered."""
         self._hand_over()
+        self._hurry.set()
 
         def finish() -> Any:
             self._sync()
@@ -163,6 +184,7 @@ class MetricsRecorder:
                 self.flush()
         finally:
             self._is_closed, self._pending = True, []
+            self._hurry.set()
             self._worker.stop(None if flush and self._error is None else 2.0)
 
     def _next_boundary(self, step: int) -> int:
@@ -184,8 +206,24 @@ class MetricsRecorder:
     def _hand_over(self) -> None:
         if self._pending:
             records, self._pending = self._pending, []
-            read = _start_reading(records)
-            self._submit(lambda: self._deliver_block(records, read()))
+            block = records, _start_reading(records)
+            if not self._least_seconds:
+                self._submit(lambda: self._deliver_blocks([block]))
+                return
+            self._waiting.append(block)
+            if not self._is_asked:
+                self._is_asked = True
+                self._submit(self._deliver_waiting)
+
+    def _deliver_waiting(self) -> None:
+        self._hurry.wait(self._delivered_at + self._least_seconds - time.monotonic())
+        self._hurry.clear()
+        self._delivered_at = time.monotonic()
+        self._is_asked = False  # before the blocks are taken: one that comes now is taken too
+        blocks: list[_Block] = []
+        while self._waiting:
+            blocks.append(self._waiting.popleft())
+        self._deliver_blocks(blocks)
 
     def _submit(self, job: Callable[[], Any]) -> Future[Any]:
         """Run `job` in the delivering thread; after an error nothing runs any more."""
@@ -200,14 +238,16 @@ class MetricsRecorder:
 
         return self._worker.submit(run)
 
-    def _deliver_block(self, records: list[_Record], rows: list[dict[str, Any]]) -> None:
-        if self._reduce is not None:
-            _reduce_rows(records, rows, self._reduce)
-        blocks: dict[str, list[dict[str, Any]]] = {}
-        for record, row in zip(records, rows, strict=True):
-            blocks.setdefault(record.stream, []).append({"step": record.step} | row)
-        for stream in sorted(blocks):
-            self._deliver(stream, blocks[stream])
+    def _deliver_blocks(self, found: Sequence[_Block]) -> None:
+        streams: dict[str, list[dict[str, Any]]] = {}
+        for records, read in found:
+            rows = read()
+            if self._reduce is not None:
+                _reduce_rows(records, rows, self._reduce)
+            for record, row in zip(records, rows, strict=True):
+                streams.setdefault(record.stream, []).append({"step": record.step} | row)
+        for stream in sorted(streams):
+            self._deliver(stream, streams[stream])
 
 
 @torch.no_grad()

@@ -6,6 +6,10 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 
 AttentionKind = Literal["full", "sliding"]
+AttentionBackend = Literal["auto", "flash", "flash3", "cudnn", "efficient", "math"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that record CUDA graphs."""
 
 
 class MoEConfig(Config, frozen=True, kw_only=True):
@@ -189,9 +193,9 @@ class Architecture(Config, frozen=True, kw_only=True):
     init_scale_residual: bool = False
     """Divide `init_std` by sqrt(2 * num_layers) for the projections that write into the residual
     stream (GPT-2, Radford et al. 2019)."""
-    loss_chunk_size: int = 1024
-    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
-    memory of logits."""
+    loss_chunk_size: int | None = None
+    """Most token rows per piece of the output head and loss; bounds the memory of logits. Default:
+    as many as have 1 GiB of logits in fp32 (32 MiB on a CPU), but at least 256."""
 
     @property
     def kv_heads(self) -> int:

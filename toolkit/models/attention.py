@@ -6,11 +6,12 @@
   written out. With a window or queries of a part of the row (not on CUDA), or a cap, some queries
   at a time with the keys that these may see: a window of 256 in a row of 2048 costs a third of the
   whole on a CPU.
+- On a CPU with AVX-512, where it is compiled and has no soft cap: `blockwise_attention`.
 
 `toolkit.models.kernels` says why.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,15 +20,20 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from toolkit.models.blockwise import QueryBlock, blockwise_attention, computes_in_blocks
 from toolkit.models.compile import allow_recompilations
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import sdpa_form
 from toolkit.models.masks import AttentionMask
 from toolkit.models.norms import build_norm, widened
+from toolkit.models.projections import projected
 from toolkit.models.rope import RotaryTable, rotate
 
 PIECE_SIZE = 256
 """Fewest queries of a piece."""
+
+SMALLER_PIECE_SIZE = 128
+"""The same for `blockwise_attention`, whose pieces cost less: nothing is kept of each."""
 
 MOST_PIECES = 8
 """Pieces of a long row; each is a part of its own in a compiled block's graph."""
@@ -51,6 +57,15 @@ def attend(
         mask: None where each query sees all before it in its row. Needed with a soft cap.
         scale, soft_cap: see `Architecture`.
     """
+    window: int | None = None
+    bias: Tensor | None = None
+    ranges: Sequence[range] = (range(query.shape[2]),)
+    if mask is not None:
+        window, bias, ranges = mask.window, mask.bias, mask.queries or ranges
+    if soft_cap is None and (mask is None or mask.blocks is None):
+        blocks = _blocks(ranges, window, SMALLER_PIECE_SIZE)
+        if computes_in_blocks(query, blocks):
+            return blockwise_attention(query, key, value, bias, blocks, scale)
     if mask is None:
         return _sdpa(query, key, value, None, scale)
     if mask.blocks is not None:
@@ -70,23 +85,30 @@ def attend(
     if soft_cap is None and (is_square or query.device.type == "cuda"):
         # The fused kernel of CUDA wants a bias whose rows are aligned: not cut at any key.
         return _sdpa(query, key, value, mask.bias, scale)
-    parts, row = [], 0
-    for places in mask.queries or (range(query.shape[2]),):
-        rows = max(PIECE_SIZE, -(-len(places) // MOST_PIECES))
+    parts = []
+    for start, end, first, last in _blocks(ranges, window, PIECE_SIZE):
+        seen = (
+            query[:, :, start:end],
+            key[:, :, first:last],
+            value[:, :, first:last],
+            mask.bias[:, :, start:end, first:last],
+            scale,
+        )
+        parts.append(_sdpa(*seen) if soft_cap is None else _written_out(*seen, soft_cap))
+    return torch.cat(parts, dim=2)
+
+
+def _blocks(ranges: Sequence[range], window: int | None, least: int) -> list[QueryBlock]:
+    """Blocks of at least so many queries, whose places in the row are `ranges`."""
+    blocks, row = [], 0
+    for places in ranges:
+        rows = max(least, -(-len(places) // MOST_PIECES))
         for start in range(places.start, places.stop, rows):
             end = min(start + rows, places.stop)
-            first = 0 if mask.window is None else max(0, start - mask.window + 1)
-            own = slice(row, row + end - start)
-            seen = (
-                query[:, :, own],
-                key[:, :, first:end],
-                value[:, :, first:end],
-                mask.bias[:, :, own, first:end],
-                scale,
-            )
-            parts.append(_sdpa(*seen) if soft_cap is None else _written_out(*seen, soft_cap))
-            row = own.stop
-    return torch.cat(parts, dim=2)
+            first = 0 if window is None else max(0, start - window + 1)
+            blocks.append(QueryBlock(row, row + end - start, first, end))
+            row += end - start
+    return blocks
 
 
 def _sdpa(
@@ -184,9 +206,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape; see `LayerInputs` and `attend`."""
         batch, seq, _ = x.shape
-        query = self._heads(self.query(x), self.query_norm)
-        key = self._heads(self.key(x), self.key_norm)
-        value = self._heads(self.value(x), None)
+        query, key, value = projected(x, self.query, self.key, self.value)
+        query = self._heads(query, self.query_norm)
+        key = self._heads(key, self.key_norm)
+        value = self._heads(value, None)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         heads = (x.transpose(1, 2) for x in (query, key, value))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.models.architecture import CompileMode
+
 RECOMPILE_LIMIT = 64
 """Compilations of one piece of code before torch falls back to running it uncompiled: a curriculum
 of a dozen lengths, each with and without gradients and documents, and in evaluation."""
@@ -17,6 +19,7 @@ def compile_model(
     fullgraph: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     inside_checkpoints: bool = False,
+    mode: CompileMode = "default",
 ) -> None:
     """Compile every block and the loss kernel of a Transformer, in place; parameters keep names.
 
@@ -28,17 +31,23 @@ def compile_model(
     `inside_checkpoints`: call it before activation checkpointing, which then recomputes compiled
     code. Otherwise a block that does not compile as one graph would run as it is, since torch gives
     up on a checkpoint with a break inside.
+
+    `mode`: of torch.compile, for the blocks. The loss is never recorded as a CUDA graph, which
+    would copy each chunk of logits into a memory of its own.
     """
     allow_recompilations()
     options: dict[str, Any] = {"dynamic": False, "backend": backend}
+    own: dict[str, Any] = {} if mode == "default" else {"mode": mode}
     parts: Any = model
     for block in parts.blocks:
         if inside_checkpoints:
-            block.forward = torch.compile(block.forward, fullgraph=fullgraph, **options)
+            block.forward = torch.compile(block.forward, fullgraph=fullgraph, **options, **own)
         else:
-            block.compile(fullgraph=fullgraph, **options)
+            block.compile(fullgraph=fullgraph, **options, **own)
     if parts.head is not None:
         loss = parts.head.loss
+        if mode.startswith("max-autotune"):
+            options["mode"] = "max-autotune-no-cudagraphs"
         loss.kernel = torch.compile(loss.kernel, fullgraph=True, **options)
 
 

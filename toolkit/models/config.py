@@ -176,9 +176,9 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
     initializer_range: float = 0.02
     """Standard deviation of initial weights (normal, cut at 3 std); projections into the residual
     stream get this / sqrt(2 * n_layer)."""
-    loss_chunk_size: int = 1024
-    """Most token rows per piece of the output head and loss (at most 256 on a CPU); bounds the
-    memory of logits."""
+    loss_chunk_size: int | None = None
+    """Most token rows per piece of the output head and loss; bounds the memory of logits. Default:
+    as many as have 1 GiB of logits in fp32 (32 MiB on a CPU), but at least 256."""
 
     def __post_init__(self) -> None:
         check_positive(

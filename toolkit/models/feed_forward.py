@@ -22,6 +22,7 @@ from torch.nn.functional import gelu, silu
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.grouped import ends_for, grouped_linear
+from toolkit.models.projections import projected
 from toolkit.models.router import Choice, Router, RouterSums, router_sums
 
 
@@ -54,7 +55,8 @@ class FeedForward(nn.Module):
         """`(batch, seq, d_model)` to the same shape."""
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = projected(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
 class Experts(nn.Module):

@@ -4,12 +4,14 @@ Each rule exists because a kernel fails, is wrong or is slow somewhere; its docs
 `kernel_record` puts the answers for a model into words, printed and kept with the run.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from toolkit.models.blockwise import prefers_blocks
 from toolkit.models.config import TransformerConfig
 
 SMALLEST_FLEX_HEAD = 16
@@ -195,6 +197,14 @@ def loss_kernel(
     return "liger" if fits and not differs else "chunked"
 
 
+def matrix_products(dtype: torch.dtype) -> str:
+    """How CUDA multiplies matrices of `dtype`, as torch is set."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        return f"{name}, sums in float32"
+    return "float32 rounded to TF32" if torch.backends.cuda.matmul.allow_tf32 else "float32, exact"
+
+
 @cache
 def liger_function() -> Any:
     """Liger's fused linear cross entropy (Hsu et al. 2024); None where it is not installed."""
@@ -214,10 +224,14 @@ def kernel_record(
     has_z_loss: bool,
     trains_head_alone: bool = False,
     vocabulary_is_cut: bool = False,
+    attention_order: Sequence[str] = (),
 ) -> dict[str, str]:
     """Part of the model -> its kernel, for computation in `dtype`. `config` has the sizes that one
-    rank computes with. `trains_head_alone`: the hidden state needs no gradient."""
+    rank computes with. `trains_head_alone`: the hidden state needs no gradient. `attention_order`:
+    SDPA's kernels, those that are tried first."""
     head_dim, record = config.attention_head_dim, {}
+    if device.type == "cuda":
+        record["matrix products"] = matrix_products(dtype)
 
     def sdpa(*, has_bias: bool) -> str:
         is_grouped = config.kv_heads != config.num_heads
@@ -233,6 +247,10 @@ def kernel_record(
         masked = sdpa(has_bias=True)
     if config.attention_soft_cap is None:
         record["attention"] = sdpa(has_bias=False)
+        if device.type == "cuda" and attention_order:
+            record["attention"] += f" ({', else '.join(attention_order[:2])})"
+        if is_compiled and prefers_blocks(device.type, dtype):
+            record["attention"] = masked = "blocks of queries"
     record["attention inside documents and windows"] = masked
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)

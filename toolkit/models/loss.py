@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import liger_function, loss_kernel
+from toolkit.models.loss_kernels import has_one_softmax, softmax_loss_chunk
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums
+from toolkit.models.shapes import loss_chunk_rows
+from toolkit.models.weight_gradient import add_product
 
 IGNORE_INDEX = -100
 """Label of a position that is not a target."""
-
-CPU_CHUNK_SIZE = 256
-"""Chunks on a CPU have at most this many rows: larger ones leave its caches."""
 
 ChunkKernel = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 """`loss_chunk`, or its compiled form."""
@@ -82,6 +82,7 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.soft_cap = config.logit_soft_cap
+        self.padded_vocab_size = config.padded_vocab_size
         self.chunk_size = config.loss_chunk_size
         self.kernel: ChunkKernel = loss_chunk
         self.shard: VocabularyShard | None = None
@@ -103,9 +104,10 @@ class LinearCrossEntropy(nn.Module):
             is_cut=self.shard is not None,
         )
         if kernel == "liger" and (liger := liger_function()) is not None:
+            # Autocast would round the weight anew for each of Liger's chunks.
             loss = liger(
                 hidden,
-                weight[: self.vocab_size],
+                weight[: self.vocab_size].to(hidden.dtype),
                 labels,
                 ignore_index=IGNORE_INDEX,
                 reduction="sum",
@@ -119,7 +121,7 @@ class LinearCrossEntropy(nn.Module):
             vocab_size=self.vocab_size,
             z_loss_multiplier=z_loss_multiplier,
             soft_cap=self.soft_cap,
-            chunk_size=self.chunk_size,
+            chunk_size=loss_chunk_rows(self.chunk_size, self.padded_vocab_size, hidden.device.type),
             kernel=self.kernel,
             shard=self.shard,
         )
@@ -141,6 +143,17 @@ def loss_chunk(
     `logits` are `(rows, padded_vocab_size)`, or the columns of a shard. See
     `chunked_linear_cross_entropy`.
     """
+    is_target = (labels != IGNORE_INDEX)[:, None]
+    is_plain = soft_cap is None and shard is None and not torch.compiler.is_compiling()
+    if is_plain and has_one_softmax(logits.device):
+        return softmax_loss_chunk(
+            logits,
+            labels[:, None].where(is_target, 0),
+            is_target,
+            vocab_size=vocab_size,
+            z_loss_multiplier=z_loss_multiplier,
+            with_grad=with_grad,
+        )
     wide = widened(logits)
     first = 0 if shard is None else shard.first
     tangent = None
@@ -150,7 +163,6 @@ def loss_chunk(
     if vocab_size < first + wide.shape[1]:
         column = torch.arange(wide.shape[1], device=wide.device, dtype=torch.int32)
         wide = wide.masked_fill(column >= vocab_size - first, float("-inf"))
-    is_target = (labels != IGNORE_INDEX)[:, None]
     is_here = is_target
     if shard is not None:
         labels = labels - first
@@ -213,8 +225,7 @@ def chunked_linear_cross_entropy(
             padding, left out of the softmax.
         labels: `(rows,)` ids, `IGNORE_INDEX` where there is no target.
         soft_cap: the softmax is of soft_cap * tanh(logits / soft_cap); None: of the logits.
-        chunk_size: most rows per chunk (`CPU_CHUNK_SIZE` on a CPU, if that is less), times
-            `shard.ranks`.
+        chunk_size: most rows per chunk, times `shard.ranks`.
         shard: the gradient of `hidden` is then what this shard contributes to it.
     """
     options = {
@@ -245,8 +256,6 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_weight: Tensor | None = None
         compute_weight = weight.to(hidden.dtype)
-        if hidden.device.type == "cpu":
-            chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
         shard: VocabularyShard | None = options["shard"]
         if shard is not None:
             chunk_size *= shard.ranks
@@ -267,12 +276,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None and grad is not None:
                     torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
                 if weight_grad and grad is not None:
-                    if grad_weight is None:
-                        grad_weight = (grad.t() @ chunk).to(wide)
-                    elif grad.dtype == wide:
-                        grad_weight.addmm_(grad.t(), chunk)
-                    else:
-                        grad_weight += grad.t() @ chunk
+                    grad_weight = add_product(grad_weight, grad.t(), chunk, wide)
         if weight_grad and grad_weight is None:  # no rows
             grad_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight)

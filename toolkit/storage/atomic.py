@@ -5,6 +5,9 @@ it, fsync, rename, fsync of the parent (POSIX rename is atomic inside one file s
 """
 
 import contextlib
+import ctypes
+import errno
+import functools
 import os
 import secrets
 import shutil
@@ -17,6 +20,13 @@ import msgspec
 from toolkit.errors import CheckpointError, TrainingError
 
 PathLike = str | os.PathLike[str]
+
+_FALLOC_FL_KEEP_SIZE, _SYNC_FILE_RANGE_WRITE = 1, 2
+_ARGUMENTS = {
+    "fallocate": (ctypes.c_int, ctypes.c_int64, ctypes.c_int64),
+    "sync_file_range": (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint),
+}
+"""After the descriptor; without them a number is passed as 32 bits."""
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ending of unfinished files; whoever lists a folder may skip names with it."""
@@ -126,6 +136,36 @@ def fsync_file(path: PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def reserve_space(descriptor: int, size: int) -> None:
+    """Have the file system set `size` bytes aside for an open file, where it can do so without
+    writing them (`os.posix_fallocate` would write). Raises OSError where it has not as many."""
+    _call("fallocate", descriptor, _FALLOC_FL_KEEP_SIZE, 0, size)
+
+
+def start_writing(descriptor: int, offset: int, size: int) -> None:
+    """Have the system write this part of an open file to the disk now, and not wait for it: an
+    fsync later has less left to do. Nothing is durable by it."""
+    _call("sync_file_range", descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
+
+
+def _call(name: str, descriptor: int, *arguments: int) -> None:
+    """A function of Linux's C library that Python does not have; nothing where there is none, or
+    the file system does not know it."""
+    function = getattr(_libc(), name, None)
+    if function is None:
+        return
+    function.argtypes = [ctypes.c_int, *_ARGUMENTS[name]]
+    if function(descriptor, *arguments) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def fsync_tree(folder: PathLike) -> None:

@@ -19,6 +19,7 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.errors import ConfigError
+from toolkit.models.architecture import GRAPH_MODES, AttentionBackend, CompileMode
 from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
@@ -67,8 +68,8 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Adds this times mean(logsumexp(logits)^2) to the loss (PaLM, Chowdhery et al. 2022)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type. Master weights and optimizer state are fp32 always. `auto`: the launcher's
-    mixed_precision, else bf16 where the hardware is fast at it. `fp16` scales the loss, as much as
-    gradients allow (dynamic loss scaling); not under ZeRO."""
+    mixed_precision, else bf16 on GPUs that have it, and on CPUs what is faster, measured.
+    `fp16` scales the loss, as much as gradients allow (dynamic loss scaling); not under ZeRO."""
     float8_config: Float8Config | None = None
     """Matrix products of linear layers in 8 bits, over `precision: bf16`; null: off."""
     dp_config: DataParallelConfig | None = None
@@ -85,8 +86,18 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     """Activation checkpointing; null: off."""
     activation_offload: bool = False
     """What blocks keep for backward waits in host memory; not for pipelines."""
-    compile_model: bool = False
-    """torch.compile each transformer block and the loss."""
+    compile_model: bool | Literal["auto"] = "auto"
+    """torch.compile each transformer block and the loss. `auto`: where the run is long enough to
+    win back the time of compiling."""
+    compile_mode: CompileMode = "default"
+    """How, over `compile_model`. `max-autotune-no-cudagraphs`: kernels of matrix products are tried
+    out, which takes minutes at the start; `reduce-overhead`: blocks are recorded as CUDA graphs,
+    which start without the host (`single` and `ddp`, one microbatch a step; for small models);
+    `max-autotune`: both."""
+    attention_backend: AttentionBackend = "auto"
+    """Which kernel of SDPA computes attention without masks on CUDA, where it can. `auto`: what is
+    measured on H100, H200 and B200, else torch's flash attention; `flash3`: FlashAttention 3, which
+    must be installed. `engine.json` of the run says which."""
     freeze: tuple[str, ...] = ()
     """Shell-style patterns over parameter names: these keep their values. A pattern that matches
     nothing is an error, and so is nothing left to train."""
@@ -110,13 +121,20 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             "max_consecutive_skipped_steps",
         )
         pipeline = self.pp_config
-        if self.compile_model and pipeline and pipeline.schedule == "ZBVZeroBubble":
+        if self.compile_model is True and pipeline and pipeline.schedule == "ZBVZeroBubble":
             raise ValueError(
                 "compile_model does not go with pp_config.schedule ZBVZeroBubble, which needs the "
                 "backward of a block in two halves; use 1F1B or Interleaved1F1B"
             )
-        if self.ac_config and self.ac_config.mode == "budget" and not self.compile_model:
+        if self.ac_config and self.ac_config.mode == "budget" and self.compile_model is not True:
             raise ValueError("ac_config.mode: budget needs compile_model: true")
+        if self.compile_mode != "default" and self.compile_model is not True:
+            raise ValueError(f"compile_mode: {self.compile_mode} needs compile_model: true")
+        if self.compile_mode in GRAPH_MODES and self.activation_offload:
+            raise ValueError(
+                f"compile_mode: {self.compile_mode} records CUDA graphs, which do not go with "
+                "activation_offload; use max-autotune-no-cudagraphs"
+            )
         selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
         if pipeline and self.activation_offload:
             problem = "activation_offload does not go with pp_config"
@@ -130,6 +148,17 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
             raise ValueError(
                 "activation_offload does not go with ac_config.mode: selected_ops, whose results "
                 "stay on the device; use mode: full, or leave ac_config out"
+            )
+
+    def check_graphs(self, tokens: int) -> None:
+        """Raises ConfigError where a step of `tokens` on each rank has several microbatches and
+        `compile_mode` records CUDA graphs: the gradients of one lie where the next computes."""
+        size = self.rank_microbatch_size
+        if self.compile_mode in GRAPH_MODES and size is not None and tokens > size:
+            raise ConfigError(
+                f"{self.compile_mode} records CUDA graphs, for one microbatch a step; set "
+                "train_module.rank_microbatch_size to null, or use max-autotune-no-cudagraphs",
+                key="train_module.compile_mode",
             )
 
     def build(self, model: Any, **context: Any) -> Any:
@@ -156,7 +185,8 @@ def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
         )
     of_language_models = ("lora", "z_loss_multiplier", "ac_config", "float8_config")
     given = [name for name in of_language_models if getattr(config, name) is not None]
-    given += [name for name in ("compile_model", "activation_offload") if getattr(config, name)]
+    switches = ("compile_model", "activation_offload")
+    given += [name for name in switches if getattr(config, name) is True]
     given += ["optim.mup"] if config.optim.mup is not None else []
     if given:
         raise ConfigError("is for language models; leave it out", key=f"train_module.{given[0]}")
@@ -210,6 +240,9 @@ class TrainerConfig(Config, kw_only=True):
     log_ranks: LogRanks = "rank0"
     """Which ranks write to the console: `rank0`; `local_rank0`, one of each machine; `all`. Every
     rank writes its log file."""
+    num_threads: int | None = None
+    """CPU threads of each process. Null: its share of the machine's cores, or fewer where that is
+    faster, measured. The environment variable TOOLKIT_NUM_THREADS wins."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""
@@ -223,6 +256,7 @@ class TrainerConfig(Config, kw_only=True):
             "cancel_check_interval",
             "watchdog_timeout",
             "collective_timeout",
+            "num_threads",
         )
         if self.load_path is not None and self.load_path.startswith("file:"):
             path = f"/{self.load_path.removeprefix('file:').lstrip('/')}"

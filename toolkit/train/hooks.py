@@ -87,8 +87,11 @@ def add_metrics(metrics: dict[str, Metric], found: Any, name: str, step: int) ->
         if key in metrics or key in _COUNTERS:
             raise TrainingError(f"{where}: there is a metric {key!r} already; choose another name")
         value = metric.value if isinstance(metric, Metric) else None
-        is_number = isinstance(value, torch.Tensor) and value.numel() == 1
-        if not is_number and not (isinstance(value, float | int) and abs(value) < _LARGEST):
+        if isinstance(value, torch.Tensor):
+            is_number = value.numel() == 1
+        else:
+            is_number = isinstance(value, float | int) and abs(value) < _LARGEST
+        if not is_number:
             raise TrainingError(f"{where}: {key!r} is {_said(metric)}; {_FORM}")
         metrics[key] = metric
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from toolkit.autotune.choices import Choices
 from toolkit.distributed.layout import Layout
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -14,8 +15,15 @@ if TYPE_CHECKING:
     from toolkit.train.state import TrainState  # which imports torch
 
 
-def log_config(run: RunManager, config: Mapping[str, Any], layout: Layout, parameters: int) -> None:
-    """Write a config (plain JSON types), whole and in parts, and what a resume launches again."""
+def log_config(
+    run: RunManager,
+    config: Mapping[str, Any],
+    layout: Layout,
+    parameters: int,
+    choices: Choices | None = None,
+) -> None:
+    """Write a config (plain JSON types), whole and in parts, and what a resume launches again:
+    engine and precision, and what `auto` became (`choices`; None: not known yet)."""
     # Asked for once: the next start must not do it again.
     trainer = {**config["trainer"], "start_anew": False}
     config = {**config, "trainer": trainer}
@@ -33,6 +41,7 @@ def log_config(run: RunManager, config: Mapping[str, Any], layout: Layout, param
         parameters=parameters,
         **layout.parallel_configs,
         precision=layout.precision,
+        **({} if choices is None else {"chosen": msgspec.to_builtins(choices)}),
     )
 
 
@@ -56,4 +65,5 @@ def log_python_config(state: "TrainState") -> None:
         **{name: msgspec.to_builtins(part) for name, part in parts.items()},
         "seed": state.environment.seed,
     }
-    log_config(run, config, state.environment.layout, module.num_parameters)
+    environment = state.environment
+    log_config(run, config, environment.layout, module.num_parameters, environment.choices)

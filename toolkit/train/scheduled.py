@@ -48,7 +48,7 @@ def check_schedules(config: "TransformerTrainModuleConfig") -> None:
                 if config.z_loss_multiplier is None:
                     problem = f"there is no z-loss; set train_module.{Z_LOSS} too, its peak"
                     raise ConfigError(problem, key=key)
-                if config.compile_model:
+                if config.compile_model is True:
                     problem = (
                         "each value would be compiled anew (train_module.compile_model); use one "
                         "without the other"

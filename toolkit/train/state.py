@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from toolkit.checkpoint.folder import CALLBACK_PREFIX
+from toolkit.checkpoint.host_copy import HostCopy
 from toolkit.checkpoint.plain import plain_state
 from toolkit.data.evaluation import EvalLoader
 from toolkit.data.loader import TrainLoader
@@ -61,6 +62,8 @@ class TrainState:
         """How long the current step waited for data."""
         self.saved_step: int | None = None
         """The newest checkpoint of this run."""
+        self.copying: HostCopy | None = None
+        """Of a checkpoint in the background, which may not have copied all tensors yet."""
         self.steps_in_use: set[int] = set()
         """Checkpoints that somebody reads: they are not removed meanwhile."""
         self.last_eval: dict[str, Any] | None = None
@@ -251,6 +254,12 @@ class TrainState:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of tensors: the train module's and the callbacks'."""
         return {**self.train_module.state_tensors(), **self.callback_tensors()}
+
+    def wait_for_copies(self) -> None:
+        """Before what `state_tensors` gives is changed: a checkpoint may still be copying it."""
+        copying, self.copying = self.copying, None
+        if copying is not None:
+            copying.hold_back()
 
     def callback_tensors(self) -> dict[str, torch.Tensor]:
         """Callbacks' tensors under their names in checkpoints."""

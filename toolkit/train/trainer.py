@@ -41,6 +41,8 @@ from toolkit.train.telling import HARD_STOP, TrainResult, log_end, script_log
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 15.0
+LEAST_SECONDS = 0.05
+"""Between two deliveries of metrics on one rank: twenty a second are all that anybody sees."""
 _LAST = (
     "early_stopping", "checkpointer", "model_merger", "hf_converter", "sample_writer",
     "console_logger", "metric_saver",
@@ -217,6 +219,7 @@ class Trainer:
                     break
         finally:
             batches.close()
+            state.wait_for_copies()
         self._raise_failure()
         if state.stop_request.is_agreed:
             return state.stop_request.reason
@@ -246,10 +249,11 @@ class Trainer:
             "attempt": state.run.attempt,
         }
         values |= state.train_loader.batches.sizes(before.step)
-        counts = state.train_loader.counts(state.step).items()
-        values |= {f"instances/{source}": count for source, count in counts}
-        values |= {name: metric.value for name, metric in metrics.items()}
-        reductions: dict[str, Any] = {name: metric.reduction for name, metric in metrics.items()}
+        for source, count in state.train_loader.counts(state.step).items():
+            values[f"instances/{source}"] = count
+        reductions: dict[str, Any] = {}
+        for name, (value, reduction) in metrics.items():
+            values[name], reductions[name] = value, reduction
         state.recorder.record(state.step, values, reductions)
         for label, hook in self._hooks["post_record"]:
             state.heartbeat.beat(label, state.step, is_slow=True)
@@ -294,6 +298,7 @@ class Trainer:
             reduce=state.environment.reduce_columns if is_several else None,
             sync=state.streams.sync,
             start_step=state.step if resumed else -1,
+            least_seconds=0.0 if is_several else LEAST_SECONDS,
         )
 
     def _deliver(self, stream: str, records: list[dict[str, Any]]) -> None:

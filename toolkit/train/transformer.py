@@ -19,6 +19,7 @@ from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
+from toolkit.distributed.fully_sharded import describe_gathers
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
@@ -37,6 +38,7 @@ from toolkit.models.parameters import (
 )
 from toolkit.models.quantised import QuantisedLinear, quantised_linears
 from toolkit.models.router import RouterSums
+from toolkit.models.sdpa import choose_attention
 from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
@@ -72,6 +74,14 @@ class TransformerTrainModule(EngineTrainModule):
         self.trained_names = frozenset(name for name, info in infos if info.is_trained)
         if self.environment.is_main and (config.freeze or config.lora is not None):
             log.info("%s", self._parameters)
+        dtype = compute_dtype(self.environment.layout.precision) or torch.float32
+        order = choose_attention(
+            config.attention_backend,
+            self.environment.device,
+            dtype=dtype,
+            head_dim=self.model_config.to_transformer().attention_head_dim,
+            measured=self.environment.choices.attention,
+        )
         quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
         shapes = {name: info.shape for name, info in infos}
@@ -79,31 +89,38 @@ class TransformerTrainModule(EngineTrainModule):
         if self.environment.is_main and len(self.optimizer_groups) > 1:
             for line in describe_groups(optim, self.optimizer_groups):
                 log.info("%s", line)
+        is_compiled = config.compile_model is True or (
+            config.compile_model == "auto" and bool(self.environment.choices.compile_model)
+        )
         self.engine = prepare_engine(
             self.environment,
             model,
             optim.build,
             max_grad_norm=config.max_grad_norm,
             ac_config=config.ac_config,
-            compile_model=config.compile_model,
+            compile_model=is_compiled,
+            compile_mode=config.compile_mode,
             float8_config=config.float8_config,
             activation_offload=config.activation_offload,
             quantised=quantised,
             width_multiplier=1.0 if optim.mup is None else optim.mup.multiplier,
         )
         self.begin_stepping()
-        layout = self.environment.layout
+        layout, device = self.environment.layout, self.environment.device
         self.kernels = kernel_record(
             share_of_model(
                 self.model_config.to_transformer(), layout.tp, experts_are_sharded=layout.ep > 1
             ),
-            self.environment.device,
-            compute_dtype(layout.precision) or torch.float32,
-            is_compiled=config.compile_model,
+            device,
+            dtype,
+            attention_order=order,
+            is_compiled=is_compiled,
             has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
             vocabulary_is_cut=layout.tp > 1,
         )
+        if layout.is_fsdp and layout.pp == 1:
+            self.kernels["weights"] = describe_gathers(self.engine.module)
         if (float8 := config.float8_config) is not None:
             self.kernels["linear layers"] = describe_float8(
                 self.model_config.to_transformer(), float8
@@ -112,7 +129,7 @@ class TransformerTrainModule(EngineTrainModule):
             self.kernels["linear layers"] = describe_quantised(
                 self.model_config.to_transformer(), quantised
             )
-        is_said = float8 or quantised or self.environment.device.type != "cpu"
+        is_said = float8 or quantised or device.type != "cpu"
         if self.environment.is_main and is_said:
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
@@ -271,7 +288,9 @@ class TransformerTrainModule(EngineTrainModule):
                 f"train_module.rank_microbatch_size {size} is smaller than one instance of "
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
-        return inputs.split(size // length)
+        self.config.check_graphs(inputs.input_ids.numel())
+        rows = size // length
+        return [inputs] if len(inputs.input_ids) <= rows else inputs.split(rows)
 
 
 def _parts(layers: Mapping[str, QuantisedLinear]) -> Iterator[list[str]]:

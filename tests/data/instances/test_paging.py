@@ -1,10 +1,13 @@
 import mmap
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from toolkit.data.instances import rows
 from toolkit.data.instances.rows import Pages
 
 
@@ -54,3 +57,28 @@ def test_an_offset_into_the_file_counts(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_rows_in_memory_are_not_asked_for() -> None:
     Pages(np.zeros(10_000)).request(np.array([0]), 5000)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="only Linux counts by thread")
+def test_tokens_in_memory_are_soon_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.bin"
+    np.zeros(100_000, dtype=np.uint16).tofile(path)
+    found, recorded = pages(np.asarray(np.memmap(path, dtype=np.uint16, mode="r")), monkeypatch)
+    blocks = [0]
+    usage = lambda who: SimpleNamespace(ru_inblock=blocks[0], ru_majflt=0)  # noqa: E731
+    monkeypatch.setattr(rows.resource, "getrusage", usage)
+
+    def asked(reads: int) -> int:
+        before = len(recorded.asked)
+        for _ in range(reads):
+            found.request(np.array([0]), 1024)
+        return len(recorded.asked) - before
+
+    assert asked(100) == rows.CACHED_READS
+    blocks[0] += 8  # A read had to wait: asked for again, and for longer.
+    assert asked(100) == 2 * rows.CACHED_READS
+    for _ in range(5):  # From a disk all the time.
+        blocks[0] += 8
+        assert asked(1) == 1

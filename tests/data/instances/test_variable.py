@@ -168,3 +168,11 @@ def test_too_little_data_and_sizes_that_do_not_divide_are_refused() -> None:
         VariableOrder((), global_batch_size=64, fingerprint="f", seed=0)
     with pytest.raises(ConfigError, match="48 is not divisible by rows of 32 tokens"):
         make_order(global_batch_size=48)
+
+
+def test_what_is_ordered_at_once_changes_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = make_order()
+    numbers = [*range(2 * order.steps_per_epoch), 3, 40, 1]
+    expected = [order.batch(n).tolist() for n in numbers]
+    monkeypatch.setattr("toolkit.data.instances.variable.ORDERED_INSTANCES", 1)
+    assert [make_order().batch(n).tolist() for n in numbers] == expected

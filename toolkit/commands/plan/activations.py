@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter
+from toolkit.models.shapes import loss_chunk_rows
 
-CPU_CHUNK_SIZE = 256
-"""As in `toolkit.models.loss`."""
 _INDEX = 8
 """Bytes of an int64."""
 
@@ -170,9 +169,9 @@ class LossMemory(NamedTuple):
 
 def loss_chunks(job: Job) -> tuple[int, int]:
     """Into how many chunks the rows of a microbatch are cut for the loss, and rows of each."""
-    rows, most = job.tokens, job.model.loss_chunk_size
-    if job.device.name == CPU:
-        most = min(most, CPU_CHUNK_SIZE)
+    rows, model = job.tokens, job.model
+    device = "cpu" if job.device.name == CPU else "cuda"
+    most = loss_chunk_rows(model.loss_chunk_size, model.padded_vocab_size, device)
     number = -(-rows // (most * job.layout.tp))  # a shard's chunks are as many times longer
     return number, -(-rows // number)
 

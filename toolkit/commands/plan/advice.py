@@ -54,7 +54,7 @@ def _layouts(job: Job) -> Iterator[tuple[Layout, list[str]]]:
             dp_config=DataParallelConfig(name="fsdp"),
         )
         yield sharded, [f"{_MODULE}dp_config={{name: fsdp}}"]
-    if layout.is_fsdp and layout.pp == 1 and not layout.dp_config.reshard_after_forward:
+    if layout.is_fsdp and layout.pp == 1 and layout.dp_config.reshard_after_forward is not True:
         freeing = layout.dp_config.replace(reshard_after_forward=True)
         flag = f"{_MODULE}dp_config.reshard_after_forward=true"
         yield msgspec.structs.replace(layout, dp_config=freeing), [flag]

@@ -12,7 +12,7 @@ from toolkit.commands.plan.activations import cp_style, loss_chunks
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import BY_ROWS, FP32, Job, Stage
 from toolkit.commands.plan.memory import head_of
-from toolkit.commands.plan.pieces import Holding, total, unit_of, units_of
+from toolkit.commands.plan.pieces import Holding, kept_blocks, total, unit_of, units_of
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "p2p"]
 
@@ -62,22 +62,21 @@ def traffic_of(job: Job, stage: Stage) -> list[Traffic]:
 
 
 def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
-    """Blocks are gathered for forward and, if they were freed after it, again for backward; what is
-    outside of blocks once. Gradients are reduced in every microbatch, over replicas in the last.
-
-    A pipeline keeps what it has gathered to the end of the step, and reduces there.
+    """Blocks that are freed are gathered in each microbatch, for forward and again for backward;
+    the others, and what is outside of blocks, once. Gradients are reduced in every microbatch, over
+    replicas in the last; of a pipeline at the end of the step.
     """
-    gathers = root = reductions = 1
-    if job.layout.pp == 1:
-        root = reductions = job.passes
-        gathers = job.passes * (2 if job.layout.dp_config.reshard_after_forward else 1)
+    reductions = job.passes if job.layout.pp == 1 else 1
     held = units_of(job, stage)
-    groups = zip(held.blocks, job.groups(stage), strict=True)
-    units = [(unit, group.number, gathers, "blocks") for unit, group in groups]
-    units.append((held.outside, 1, root, "embeddings and head"))
+    groups = zip(held.blocks, job.groups(stage), kept_blocks(job, stage), strict=True)
+    units = [
+        (unit, group.number, kept + 2 * job.passes * (group.number - kept), "blocks")
+        for unit, group, kept in groups
+    ]
+    units.append((held.outside, 1, 1, "embeddings and head"))
     inside = job.shard_ranks * job.layout.tp // job.layout.ep
-    for unit, number, times, what in units:
-        calls = number * times, number * reductions, number
+    for unit, number, gathers, what in units:
+        calls = gathers, number * reductions, number
         yield from _unit(job, unit.dense, calls, "dp", job.shard_ranks, what)
         yield from _unit(job, unit.experts, calls, "efsdp", inside, "experts")
 

@@ -19,7 +19,16 @@ from toolkit.commands.plan.activations import (
 )
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter, Stage, in_flight
-from toolkit.commands.plan.pieces import Holding, States, Unit, Units, states, units_of
+from toolkit.commands.plan.pieces import (
+    Holding,
+    States,
+    Unit,
+    Units,
+    kept_blocks,
+    states,
+    unit_of,
+    units_of,
+)
 
 MARGIN = 0.05
 """Of what torch allocates: memory that is free but in pieces of the wrong size."""
@@ -187,6 +196,9 @@ def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
     biggest = None
     if layout.is_fsdp and held.blocks:
         biggest = max(held.blocks, key=lambda unit: unit.all.whole)
+    last = held.outside  # to be reduced
+    if _head_is_apart(job, stage):
+        last = unit_of(job, tuple(p for p in job.outside_of(stage) if not _is_head(p)), rank)
     buckets, accumulated = _zero_buffers(job, held.total)
     if layout.name == "ddp":
         accumulated = float(FP32 * held.total.trained)
@@ -194,8 +206,8 @@ def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
         kept,
         held.blocks,
         root=_gathered(job, held.outside),
-        reduction=_reduction(job, held.outside),
-        reduced=_reduced(job, held.outside),
+        reduction=_reduction(job, last),
+        reduced=_reduced(job, last),
         head_gradient=_head_gradient(job, stage),
         resident=_resident(job, held, stage),
         block_buffers=_block_buffers(job, biggest, held, stage) if biggest else 0.0,
@@ -287,12 +299,11 @@ def _gathered(job: Job, unit: Unit) -> float:
 
 
 def _resident(job: Job, held: Units, stage: Stage) -> float:
-    """Weights of blocks that stay gathered from forward to backward. A pipeline keeps all."""
-    layout = job.layout
-    if not layout.is_fsdp or (layout.dp_config.reshard_after_forward and layout.pp == 1):
+    """Weights of blocks that stay gathered from forward to backward."""
+    if not job.layout.is_fsdp or not held.blocks:
         return 0.0
-    groups = zip(job.groups(stage), held.blocks, strict=True)
-    return job.compute_bytes * sum(group.number * unit.all.gathered for group, unit in groups)
+    groups = zip(kept_blocks(job, stage), held.blocks, strict=True)
+    return job.compute_bytes * sum(number * unit.all.gathered for number, unit in groups)
 
 
 def _block_buffers(job: Job, unit: Unit, held: Units, stage: Stage) -> float:
@@ -328,11 +339,24 @@ def _reduction(job: Job, unit: Unit) -> float:
 
 
 def _head_gradient(job: Job, stage: Stage) -> float:
-    """Of the head's weight, which waits whole for the gradients of the embeddings."""
+    """Of the head's weight, which waits whole for the gradients of the embeddings, or is being
+    reduced while the last block is computed backwards."""
     head = head_of(job, stage)
     if head is None or not job.layout.is_fsdp or not head.is_trained:
         return 0.0
+    if _head_is_apart(job, stage):
+        return _reduction(job, unit_of(job, tuple(filter(_is_head, job.outside_of(stage)))))
     return job.compute_bytes * job.model.padded_vocab_size * job.model.d_model / job.layout.tp
+
+
+def _head_is_apart(job: Job, stage: Stage) -> bool:
+    """Whether the head is gathered and reduced by itself."""
+    apart = job.layout.is_fsdp and job.layout.dp_config.wrapping_strategy != "blocks"
+    return apart and stage.has_head and not job.model.tie_embeddings
+
+
+def _is_head(parameter: Parameter) -> bool:
+    return parameter.name.startswith("head.")
 
 
 def _zero_buffers(job: Job, held: Holding) -> tuple[float, float]:

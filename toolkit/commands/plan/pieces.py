@@ -4,6 +4,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import (
     BY_ROWS,
     FACTORED,
@@ -13,7 +14,7 @@ from toolkit.commands.plan.job import (
     Parameter,
     Stage,
 )
-from toolkit.distributed.sizes import sharded_dimension
+from toolkit.distributed.sizes import keeps_gathered, sharded_dimension
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import quantised_bytes
 from toolkit.models.shapes import Shape
@@ -243,6 +244,25 @@ def units_of(job: Job, stage: Stage, rank: int = 0) -> Units:
             found += unit.all.times(group.number)
         job.known[key] = Units(blocks, outside, found)
     return job.known[key]
+
+
+def kept_blocks(job: Job, stage: Stage) -> list[int]:
+    """Of each of `Job.groups`, how many blocks stay gathered from the first forward of a step to
+    its last backward: all of them, or the last one of the stage."""
+    groups, parts = job.groups(stage), job.parts
+    if keeps_all(job, stage):
+        return [group.number for group in groups]
+    last = stage.layers[-1]
+    kind = parts.blocks[last], last in parts.sparse
+    return [int((group.parameters, group.is_sparse) == kind) for group in groups]
+
+
+def keeps_all(job: Job, stage: Stage) -> bool:
+    """Whether all blocks stay gathered so long."""
+    memory = None if job.device.name == CPU else job.device.memory
+    gathered = job.compute_bytes * total(job, stage).whole
+    has_pipeline = job.layout.pp > 1
+    return keeps_gathered(job.layout.dp_config, gathered, memory, has_pipeline=has_pipeline)
 
 
 def total(job: Job, stage: Stage, rank: int = 0) -> Holding:

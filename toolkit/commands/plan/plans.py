@@ -87,7 +87,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         passes=max(1, gradient_accumulation_steps(config, ranks)),
         precision=precision,
         ac_config=module.ac_config,
-        is_compiled=module.compile_model,
+        is_compiled=module.compile_model is True,
         activation_offload=module.activation_offload,
         state_tensors=state_tensors_of(module.optim),
         device=target.device,

@@ -7,6 +7,7 @@ from typing import Any
 from toolkit.commands.plan.advice import nearest_that_fits
 from toolkit.commands.plan.communication import Traffic
 from toolkit.commands.plan.job import Job
+from toolkit.commands.plan.pieces import keeps_all
 from toolkit.commands.plan.plans import Plan, Target, largest_rows, length_of, model_flops
 from toolkit.commands.plan.search import ROOM, Found
 from toolkit.distributed.config import (
@@ -102,7 +103,7 @@ def _engine(job: Job) -> str:
         words.append(layout.cp_config.style)
     if layout.pp_config is not None:
         words.append(layout.pp_config.schedule)
-    elif layout.is_fsdp and not layout.dp_config.reshard_after_forward:
+    elif layout.is_fsdp and keeps_all(job, job.stages[0]):
         words[-1] += ", weights kept"
     return " ".join(words)
 

@@ -25,7 +25,7 @@ from toolkit.commands.plan.memory import memory_of
 from toolkit.commands.plan.pieces import states
 from toolkit.commands.plan.plans import Plan
 from toolkit.commands.plan.report import gib, size
-from toolkit.distributed import expert_parallel
+from toolkit.distributed import expert_parallel, fully_sharded
 from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.materialize import materialize
@@ -35,7 +35,7 @@ from toolkit.distributed.shards import local_tensor
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.errors import ConfigError
-from toolkit.models import loss, rope
+from toolkit.models import rope, shapes
 from toolkit.models.lora import choose_trained
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.wording import labelled
@@ -193,7 +193,8 @@ def _fake_ranks(rank: int, world_size: int) -> Iterator[None]:
 def _as_on_a_gpu(job: Job) -> Iterator[None]:
     """Fake tensors are on a CPU, where some things are done otherwise; and they have no values, so
     tokens spread evenly over experts."""
-    chunk, numbers = loss.CPU_CHUNK_SIZE, expert_parallel.numbers_of_rows
+    chunk, numbers = shapes.CPU_CHUNK_BYTES, expert_parallel.numbers_of_rows
+    memory = fully_sharded.device_memory
     schedule: Any = schedules._PipelineSchedule
     vote = schedule._warmup_p2p
 
@@ -207,14 +208,16 @@ def _as_on_a_gpu(job: Job) -> Iterator[None]:
         for stage in stages:  # whose shapes are told: no vote of ranks is needed
             stage._inference_mode = InferenceMode.STATIC
 
-    loss.CPU_CHUNK_SIZE = job.model.loss_chunk_size
+    shapes.CPU_CHUNK_BYTES = shapes.CHUNK_BYTES
     schedule._warmup_p2p = agree
     expert_parallel.numbers_of_rows = even
+    fully_sharded.device_memory = lambda device: job.device.memory
     rope.rotary_table.cache_clear()  # it would keep fake tensors
     try:
         yield
     finally:
-        loss.CPU_CHUNK_SIZE, expert_parallel.numbers_of_rows = chunk, numbers
+        shapes.CPU_CHUNK_BYTES, expert_parallel.numbers_of_rows = chunk, numbers
+        fully_sharded.device_memory = memory
         schedule._warmup_p2p = vote
         rope.rotary_table.cache_clear()
 

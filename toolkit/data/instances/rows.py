@@ -2,6 +2,8 @@
 
 import functools
 import mmap
+import resource
+import threading
 
 import numpy as np
 
@@ -63,8 +65,8 @@ def _windows(array: np.ndarray, length: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(array, length)
 
 
-LONG_PIECE = 200
-"""Mean tokens from which on it is quicker to copy piece by piece than to index all tokens."""
+LONG_PIECE = 400
+"""Mean tokens from which on it is quicker to join slices than to index all tokens."""
 
 
 def gather_rows(
@@ -101,24 +103,27 @@ def gather_rows(
     numbers = np.arange(len(is_padding), dtype=np.int32)
     numbers -= np.repeat(first_pieces, pieces_per_row + 1).astype(np.int32)
 
-    label_mask = np.repeat(~is_padding, all_lengths)
+    label_mask = None
     if lengths.sum() >= LONG_PIECE * len(lengths):
-        places = (np.cumsum(all_lengths) - all_lengths)[~is_padding]
-        input_ids = _copy(tokens, starts, lengths, places, np.full(len(label_mask), pad_id))
+        pieces = all_starts, all_lengths, is_padding
+        input_ids = _joined(tokens, pieces).astype(np.int64)
         if targets is not None:
-            label_mask &= (
-                _copy(targets, starts, lengths, places, np.zeros(len(label_mask), np.uint8)) != 0
-            )
+            label_mask = _joined(targets, pieces) != 0
     else:
-        positions = _positions(all_starts, all_lengths)
         # Only padding may point beyond the end, and its ids are replaced.
+        positions = _positions(all_starts, all_lengths)
         if targets is not None:
-            targets_there = targets.take(positions, mode="clip")
+            label_mask = targets.take(positions, mode="clip") != 0
         input_ids = positions
         input_ids[:] = tokens.take(positions, mode="clip")
-        input_ids[np.flatnonzero(~label_mask)] = pad_id
-        if targets is not None:
-            label_mask &= targets_there != 0
+    if label_mask is None:
+        label_mask = np.ones(len(input_ids), dtype=bool)
+    ends = np.arange(1, num_rows + 1) * sequence_length
+    for end, used_there in zip(ends.tolist(), used.tolist(), strict=True):
+        if used_there < sequence_length:
+            padding = slice(end - sequence_length + used_there, end)
+            input_ids[padding] = pad_id
+            label_mask[padding] = False
     rows = {
         "input_ids": input_ids,
         "label_mask": label_mask,
@@ -127,14 +132,14 @@ def gather_rows(
     return {name: values.reshape(num_rows, sequence_length) for name, values in rows.items()}
 
 
-def _copy(
-    source: np.ndarray, starts: np.ndarray, lengths: np.ndarray, places: np.ndarray, out: np.ndarray
-) -> np.ndarray:
-    """`out` with each piece of `source` in its place."""
-    pieces = zip(starts.tolist(), lengths.tolist(), places.tolist(), strict=True)
-    for start, length, place in pieces:
-        out[place : place + length] = source[start : start + length]
-    return out
+def _joined(source: np.ndarray, pieces: Pieces) -> np.ndarray:
+    """Slices of `source`, and zeros for padding: where each begins, its length, and whether it is
+    padding."""
+    starts, lengths, is_padding = pieces
+    blank = np.zeros(lengths.max(), source.dtype)
+    bounds = zip(starts.tolist(), (starts + lengths).tolist(), is_padding.tolist(), strict=True)
+    slices = [(blank if is_blank else source)[start:end] for start, end, is_blank in bounds]
+    return np.concatenate(slices)
 
 
 def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -153,6 +158,10 @@ def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 SMALLEST_BYTES = 512
 """Shorter stretches are not asked for: a request costs as much as copying them."""
+CACHED_READS = 16
+"""After so many reads in a row for which nothing came from a disk, pages are not asked for..."""
+MOST_CACHED_READS = 1 << 16
+"""...and, where that was wrong, after twice as many from then on, up to this number."""
 
 
 class Pages:
@@ -162,13 +171,17 @@ class Pages:
         self._itemsize = array.itemsize
         self._map = _map_of(array) if hasattr(mmap, "MADV_WILLNEED") else None
         self._first = 0
+        self._usage: tuple[int, int, int] | None = None
+        self._cached_reads, self._wanted_reads = 0, CACHED_READS
         if self._map is not None:
             whole = np.frombuffer(self._map, dtype=np.uint8)
             self._first = array.__array_interface__["data"][0] - whole.ctypes.data
 
     def request(self, starts: np.ndarray, num_items: np.ndarray | int) -> None:
-        """Fetch `num_items` items from each of `starts` on, without waiting for them."""
-        if self._map is None:
+        """Fetch `num_items` items from each of `starts` on, without waiting for them. Nothing is
+        asked where the reads before this one tell that tokens are in memory: that would cost as
+        much as all the rest of reading."""
+        if self._map is None or self._seem_cached():
             return
         num_bytes = np.broadcast_to(num_items, starts.shape) * self._itemsize
         is_long = num_bytes >= SMALLEST_BYTES
@@ -178,6 +191,24 @@ class Pages:
         advise, how = self._map.madvise, mmap.MADV_WILLNEED
         for page, size in zip(pages.tolist(), sizes.tolist(), strict=True):
             advise(how, page, size)
+
+    def _seem_cached(self) -> bool:
+        """Whether the last reads took nothing from a disk: this thread has asked for no blocks, and
+        waited for no page."""
+        if not hasattr(resource, "RUSAGE_THREAD"):
+            return False
+        usage = resource.getrusage(resource.RUSAGE_THREAD)
+        before, self._usage = (
+            self._usage,
+            (threading.get_ident(), usage.ru_inblock, usage.ru_majflt),
+        )
+        if self._usage == before:
+            self._cached_reads += 1
+        else:
+            if self._cached_reads >= self._wanted_reads:
+                self._wanted_reads = min(2 * self._wanted_reads, MOST_CACHED_READS)
+            self._cached_reads = 0
+        return self._cached_reads >= self._wanted_reads
 
 
 def _map_of(array: np.ndarray) -> mmap.mmap | None:

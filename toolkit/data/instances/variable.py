@@ -28,6 +28,9 @@ from toolkit.data.order.stream import KeyedPermutation
 from toolkit.data.tokens.prepared import PreparedDataset, Split
 from toolkit.errors import ConfigError, DataError
 
+ORDERED_INSTANCES = 4096
+"""Instances of a bucket whose order is computed at once: a few numbers cost as much as many."""
+
 
 class VariableDataset(PlannedInstances):
     """Instances numbered bucket by bucket, from the shortest rows to the longest.
@@ -178,17 +181,27 @@ class VariableOrder(BatchOrder):
         num_cycles = 1 if curriculum == "natural" else num_cycles
         self._num_cycles = min(num_cycles, self.steps_per_epoch)
         self._shuffle = shuffle
+        # At random, the batches of a bucket do not follow each other.
+        together = 1 if curriculum == "natural" else ORDERED_INSTANCES
+        self._together = [max(1, together // rows) for rows in self._rows]
+        self._ordered: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     def batch(self, n: int) -> np.ndarray:
         """Instances of global batch n (from 0, over epochs without end), `(rows,)`, int64."""
         epoch, place = divmod(n, self.steps_per_epoch)
         number, batch = self._locate(epoch, place)
         bucket, rows = self._buckets[number], self._rows[number]
-        places = np.arange(batch * rows, (batch + 1) * rows)
-        if self._shuffle:
+        if not self._shuffle:
+            return bucket.first + np.arange(batch * rows, (batch + 1) * rows)
+        block, inside = divmod(batch, self._together[number])
+        which, places = self._ordered.get(number, (None, np.empty(0, np.int64)))
+        if which != (epoch, block):
+            first = (batch - inside) * rows
+            end = min(first + self._together[number] * rows, bucket.num_instances)
             key = f"{self._key}:{epoch}:{bucket.length}"
-            places = KeyedPermutation(bucket.num_instances, key)(places)
-        return bucket.first + places
+            places = KeyedPermutation(bucket.num_instances, key)(np.arange(first, end))
+            self._ordered[number] = (epoch, block), places
+        return bucket.first + places[inside * rows : (inside + 1) * rows]
 
     def length_of_batch(self, n: int) -> int:
         """Tokens of each row of global batch n."""

@@ -74,7 +74,11 @@ class MixedDataset:
         # The same keys for any rows: ranks that read from different sources must agree on them.
         mixed: Rows = {}
         for key, dtype in self._like.items():
-            mixed[key] = np.full((len(indices), self.sequence_length), key == "label_mask", dtype)
+            shape = len(indices), self.sequence_length
+            if all(key in rows for _, rows in found):
+                mixed[key] = np.empty(shape, dtype)
+            else:
+                mixed[key] = np.full(shape, key == "label_mask", dtype)
             for places, rows in found:
                 if key in rows:
                     mixed[key][places] = rows[key]

@@ -209,7 +209,9 @@ class Batches:
     def sizes(self, batch: int) -> dict[str, int]:
         """Those of the batch's sizes that change during the run, by the names of their settings."""
         segments = self.plan.segments
-        found = {}
+        found: dict[str, int] = {}
+        if len(segments) == 1:
+            return found
         if len({segment.batch_instances for segment in segments}) > 1:
             found["global_batch_size"] = self.batch_tokens(batch)
         if len({segment.row_split for segment in segments}) > 1:

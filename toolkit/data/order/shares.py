@@ -164,12 +164,16 @@ class Shares:
         waiting = key[order].tolist()
         ready: list[int] = []
         chosen: list[int] = []
-        push, pop, taken = heapq.heappush, heapq.heappop, 0
+        push, pop, push_and_pop, taken = heapq.heappush, heapq.heappop, heapq.heappushpop, 0
         for available in released:
-            while taken < available:
+            if taken == available:
+                chosen.append(pop(ready))
+                continue
+            while taken < available - 1:
                 push(ready, waiting[taken])
                 taken += 1
-            chosen.append(pop(ready))
+            chosen.append(push_and_pop(ready, waiting[taken]))
+            taken += 1
         return np.array(chosen, dtype=np.int64) % num_active
 
     def _windows(

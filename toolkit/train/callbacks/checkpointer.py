@@ -1,17 +1,20 @@
 """When checkpoints are written, at once or in a background thread, and how many stay.
 
-A save in the background stops training only to copy this rank's part of the state into host memory.
-A thread of each rank then writes, and the ranks commit together over a process group of their own.
+A save in the background copies this rank's part of the state into host memory, most of it while the
+next step is computed, which may not change it before. A thread of each rank then writes, and the
+ranks commit together over a process group of their own.
 At most one save is in flight; the next waits for it.
 """
 
 import functools
 import logging
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from toolkit.checkpoint.commit import Save, write_checkpoint
 from toolkit.checkpoint.folder import Kind, step_folder
+from toolkit.checkpoint.host_copy import HostCopy, changed_by_optimizer
 from toolkit.checkpoint.remote import upload_checkpoint
 from toolkit.checkpoint.retention import prune_checkpoints
 from toolkit.checkpoint.save_plan import Resolve, ShardWriter
@@ -55,6 +58,9 @@ class Checkpointer(Callback):
         state = self.state
         check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
         self._saved_at = state.saved_step
+
+    def pre_optim_step(self) -> None:
+        self.state.wait_for_copies()
 
     def post_record(self) -> None:
         self._report()
@@ -121,16 +127,27 @@ class Checkpointer(Callback):
         save = begin_save(self.state, kind=kind, export_hf=export_hf)
         tensors = self.state.state_tensors()
         if in_background:
-            work = (save, self._shards.copy(tensors))
-            self._thread = Thread(target=self._work, args=work, name="checkpoint", daemon=True)
+            copy = self._shards.copy(tensors, late=self._late(tensors))
+            self._thread = Thread(
+                target=self._work, args=(save, copy), name="checkpoint", daemon=True
+            )
             self._thread.start()
+            self.state.copying = copy
         else:
             self._write(save, self._shards.live(tensors))
         self._saved_at = self.state.step
 
-    def _work(self, save: Save, resolve: Resolve) -> None:
+    def _late(self, tensors: Iterable[str]) -> Collection[str]:
+        """What nothing changes before the optimizer's next step. A callback or train module of the
+        user's may change anything at any time, and evaluations exchange weights and averages."""
+        state = self.state
+        exchanges = state.train_module.averages or state.also_evaluated
+        return () if state.has_own_parts or exchanges else changed_by_optimizer(tensors)
+
+    def _work(self, save: Save, copy: HostCopy) -> None:
         try:
-            self._write(save, resolve)
+            copy.finish()
+            self._write(save, copy)
         except Exception as error:
             self._error = error
 

@@ -38,6 +38,8 @@ def test_ids_are_those_of_tokenizers(backend: BackendTokenizer) -> None:
     assert sum(map(len, texts)) > 300_000
     same(fast, backend, texts)
     same(fast, backend, ["", " ", "\n\n  x  \n", "<|endoftext|> a", "a" * 5000, " \t" * 3000])
+    # A control token of the fast way alone, in text.
+    same(fast, backend, ["a\U0010ffffb \U0010ffff", "\U0010ffff" * 3 + "\n\n x", "x  \n \t y \r\n"])
     same(fast, backend, [random_text(50), "\u00e9\u4e2d\u6587\U0001f600\u200d it's IT'S 12\u00b2"])
 
 

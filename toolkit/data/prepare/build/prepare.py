@@ -6,7 +6,8 @@ What happens to one document:
 2. A process takes the shard and reads the document out of it (`text/reading.py`). Text that is not
    UTF-8, a missing column or a broken line ends here, with the file and the place. So do documents
    that a filter leaves out; they are counted.
-3. It is encoded together with its neighbours, about a megabyte at a time (`encoding.py`).
+3. It is encoded together with its neighbours, about a megabyte at a time (`encoding.py`). Beside
+   that a worker asks whether `transformers` gives the same ids (`vocabulary.py`).
 4. A hash of its identity (relative file name, and place in the file) decides between train and val.
 5. Its ids, between the tokens that start and end documents, are appended to its shard's part of
    that split, with its start and, where the loss skips some tokens, a mask (`parts.py`).
@@ -46,7 +47,13 @@ from toolkit.data.prepare.build.settings import (
     not_a_dataset,
     settings_of,
 )
-from toolkit.data.prepare.build.vocabulary import plan_of_text, settled_tokenizer, vocabulary_of
+from toolkit.data.prepare.build.vocabulary import (
+    checked_release,
+    plan_of_text,
+    stored_tokenizer,
+    tokenizer_check,
+    vocabulary_of,
+)
 from toolkit.data.prepare.build.workers import encode_shards, num_cores
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import DatasetStore
@@ -204,7 +211,8 @@ def _build(
     building, place = _workplaces(folder, work_dir)
     parts_folder = place / _settings_key(config, plan)
     parts_folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, checked = settled_tokenizer(config, plan, parts_folder / TOKENIZER_FOLDER, note)
+    tokenizer_folder = parts_folder / TOKENIZER_FOLDER
+    tokenizer = stored_tokenizer(config, plan, tokenizer_folder, note)
     vocabulary = vocabulary_of(config, tokenizer)
     setup = PartsSetup(str(parts_folder), config, vocabulary, plan.cache_dir)
     audit = None
@@ -221,8 +229,11 @@ def _build(
     missing = [job for job, part in zip(jobs, parts, strict=True) if part is None]
     started = time.monotonic()
     num_processes = config.num_processes or num_cores()
+    check = tokenizer_check(config, tokenizer_folder)
     with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
-        for job, part in encode_shards(missing, setup, tokenizer, num_processes=num_processes):
+        for job, part in encode_shards(
+            missing, setup, tokenizer, num_processes=num_processes, errand=check
+        ):
             parts[job.index] = part
             advance(job)
     plan.listing.check_unchanged()
@@ -239,7 +250,7 @@ def _build(
             bos_id=vocabulary.bos_id,
             prepend_bos=config.prepend_bos,
             tokenizer_fingerprint=vocabulary.fingerprint,
-            tokenizer_checked=checked,
+            tokenizer_checked=checked_release(config, tokenizer_folder),
             source_fingerprint=plan.fingerprint,
             **counts,
             left_out_files=dict(plan.listing.left_out),

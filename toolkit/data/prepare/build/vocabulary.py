@@ -1,5 +1,6 @@
 """The tokenizer of a preparation, and what its ids are."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.prepare.build.instructions import with_instructions_template
 from toolkit.data.prepare.build.parts import Vocabulary, reading_of, split_of
+from toolkit.data.prepare.build.workers import Errand
 from toolkit.data.prepare.text.columns import row_texts
 from toolkit.data.prepare.text.reading import Counts, read_shard
 from toolkit.data.prepare.text.sources import Plan, plan_source
@@ -18,23 +20,26 @@ from toolkit.data.prepare.tokenizers.auto import settle
 from toolkit.data.prepare.tokenizers.choice import build_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
+from toolkit.storage.atomic import write_atomic
 
 MAX_VOCAB_SIZE = 1 << 32
 """Ids are stored in four bytes at most."""
 SAMPLE_SHARDS = 256
+_TO_CHECK = "not checked yet"
+"""Stands in the mark of a tokenizer until `transformers` was asked; then the release does."""
 
 
-def settled_tokenizer(
+def stored_tokenizer(
     config: DatasetConfig, plan: Plan, folder: Path, note: Callable[[str], None]
-) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer of `config`, stored in `folder`, from where workers load it; and the release of
-    `transformers` that gives the same ids, where it was asked."""
+) -> Tokenizer | None:
+    """The tokenizer of `config`, stored in `folder`, from where workers load it; a mark
+    beside it says that it is whole."""
     choice = config.tokenizer
     if choice is None:
-        return None, None
-    done = folder.with_name(f"{folder.name}.done")
-    if done.exists():
-        return load_tokenizer(folder), done.read_text() or None
+        return None
+    mark = _mark_of(folder)
+    if mark.exists():
+        return load_tokenizer(folder)
     if isinstance(choice, BPETokenizerConfig):
         note(f"training a BPE tokenizer of {choice.vocab_size} ids")
     tokenizer = build_tokenizer(choice, lambda size: sample_texts(config, plan, size))
@@ -42,13 +47,33 @@ def settled_tokenizer(
         tokenizer = with_instructions_template(tokenizer, config.instructions)
     tokenizer = tokenizer.with_bos_policy(config.prepend_bos)
     tokenizer.save(folder)
-    checked = None
-    if not isinstance(choice, ByteTokenizerConfig | BPETokenizerConfig):
-        # Those two are made here, of parts that `transformers` takes as they are.
-        checked = settle(folder, where=f"dataset.tokenizer.path: {choice.path}")
-        tokenizer = load_tokenizer(folder)
-    done.write_text(checked or "")
-    return tokenizer, checked
+    # Those two are made here, of parts that `transformers` takes as they are.
+    is_ours = isinstance(choice, ByteTokenizerConfig | BPETokenizerConfig)
+    write_atomic(mark, b"" if is_ours else _TO_CHECK.encode())
+    return load_tokenizer(folder)
+
+
+def tokenizer_check(config: DatasetConfig, folder: Path) -> Errand | None:
+    """Asks whether `transformers` gives the ids of the stored tokenizer; None: it is known, or need
+    not be. That takes seconds, most of them for imports, and changes no id: only how
+    `transformers` is told to read the folder (`settle`)."""
+    if config.tokenizer is None or _mark_of(folder).read_text() != _TO_CHECK:
+        return None
+    where = f"dataset.tokenizer.path: {getattr(config.tokenizer, 'path', '')}"
+    return Errand(
+        functools.partial(settle, folder, where=where),
+        lambda release: write_atomic(_mark_of(folder), release.encode()),
+    )
+
+
+def checked_release(config: DatasetConfig, folder: Path) -> str | None:
+    """The release of `transformers` that gives the ids of the stored tokenizer, where it was
+    asked."""
+    return None if config.tokenizer is None else _mark_of(folder).read_text() or None
+
+
+def _mark_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.done")
 
 
 def plan_of_text(config: DatasetConfig, cache_dir: str | None) -> Plan:

@@ -1,0 +1,134 @@
+"""`toolkit tune`: which tries there are, what wins, and what failures do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.cli import main as cli
+from toolkit.commands import tune as tuning
+from toolkit.commands import tune_worker
+from toolkit.commands.tune_worker import Result, Trial
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from toolkit.experiment.load import load_experiment
+from toolkit.testing import tiny_experiment
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tiny_experiment(tmp_path)
+    return str(tmp_path / "tiny.json")
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, judge: Any) -> list[dict[str, Any]]:
+    """Tries are judged by `judge(config)`; the configs that were tried."""
+    tried = []
+
+    def run(config: Any, *_: Any) -> Result:
+        tried.append(config)
+        answer = judge(config)
+        if isinstance(answer, str):
+            return Result(failed=answer)
+        return Result(tokens_per_second=answer, peak_memory=10**9)
+
+    monkeypatch.setattr(tuning, "_run", run)
+    monkeypatch.setattr(tuning, "can_compile", lambda: True)
+    monkeypatch.setattr(tuning, "_machine", lambda processes: tuning.Machine("cpu", 1 << 40, 4))
+    return tried
+
+
+def test_the_fastest_values_win_one_after_the_other(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(config: Any) -> float | str:
+        module, speed = config.train_module, 100.0
+        if module.rank_microbatch_size > 512:
+            return "out of memory"
+        speed *= 2.0 if module.precision == "bf16" else 1.0
+        speed *= 1.5 if config.trainer.num_threads == 2 else 1.0
+        speed *= 1.02 if module.compile_model is True else 1.0  # noise
+        return speed
+
+    speeds(monkeypatch, judge)
+    sizes = ["--train_module.rank_microbatch_size=512", "--data_loader.global_batch_size=1024"]
+    assert cli.run(["tune", config, *sizes, "--write", "fast.json"]) == 0
+    out = capsys.readouterr().out
+    assert "--train_module.precision=bf16 --trainer.num_threads=2\n" in out
+    assert "microbatches of 1,024 tokens" in out
+    assert "out of memory" in out
+    fast = load_experiment("fast.json").config
+    assert (fast.train_module.precision, fast.trainer.num_threads) == ("bf16", 2)
+    assert fast.train_module.compile_model == "auto"
+
+
+def test_where_memory_ends_checkpointing_is_tried(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(config: Any) -> float | str:
+        if config.train_module.ac_config is None:
+            return "out of memory"
+        return 10.0 if config.train_module.ac_config.mode == "full" else "out of memory"
+
+    speeds(monkeypatch, judge)
+    assert cli.run(["tune", config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["best"]["values"]["train_module.ac_config"] == {"mode": "full"}
+    assert found["tries"][0]["failed"] == "out of memory"
+
+
+def test_what_the_plan_refuses_is_not_tried(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = speeds(monkeypatch, lambda config: 1.0)
+    monkeypatch.setattr(tuning, "_machine", lambda processes: tuning.Machine("cpu", 1000, None))
+    assert cli.run(["tune", config]) == EXIT_FAILED
+    assert tried == []
+    assert "no try worked; the first: not tried: the plan needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--processes", "0"], "--processes 0: give 1 or more"),
+        (["--write", "nowhere/fast.json"], "--write nowhere/fast.json: its folder does not exist"),
+        (["--write", "tiny.json"], "--write tiny.json: exists; give another name"),
+        (["--train_module.precision=fp17"], "train_module.precision"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["tune", config, *words]) == EXIT_BAD_INPUT
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
+
+
+def test_one_try_from_end_to_end(config: str, tmp_path: Path) -> None:
+    """In a process of its own, and nothing is left."""
+    before = sorted(tmp_path.rglob("*"))
+    tiny = load_experiment(config).config
+    machine = tuning.Machine("cpu", 8 << 30, 1)
+    result = tuning._run(tiny, 1, 1, machine, tuning._environ())
+    assert result.failed is None
+    assert result.tokens_per_second is not None
+    assert result.tokens_per_second > 0
+    assert result.peak_memory is not None
+    assert 10**8 < result.peak_memory < 2 * 10**9
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_memory_that_runs_out_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(trial: Trial) -> Result:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+    monkeypatch.setattr(tune_worker, "_run", run)
+    file = tmp_path / "try.json"
+    file.write_text('{"config": {}, "steps": 1}')
+    monkeypatch.setattr("sys.argv", ["tune_worker", str(file)])
+    assert tune_worker.main() == EXIT_FAILED
+    assert json.loads((tmp_path / "result.json").read_text())["failed"] == "out of memory"

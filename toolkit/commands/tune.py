@@ -1,0 +1,376 @@
+"""`toolkit tune`: which settings train a config fastest here, by real steps of it.
+
+Each try is a process of its own, which may run out of memory without harm. One setting after the
+other is changed, and kept where it is faster by more than noise:
+
+1. precision, where it is `auto`;
+2. CPU threads of each process;
+3. the size of microbatches, as large as memory allows; where memory ends, with activation
+   checkpointing;
+4. torch.compile;
+5. rows of a chunk of the loss.
+
+What a plan says needs more memory than there is, is not tried.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from toolkit.autotune.question import MEASURE, can_compile
+from toolkit.commands.plan.devices import CPU, DEVICES, find_device
+from toolkit.commands.plan.plans import Target, divisors, job_of, plan_of
+from toolkit.commands.tune_worker import RESULT, Result, Trial
+from toolkit.config.check import check
+from toolkit.distributed.launcher import has_launcher
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.tuning import asked_threads, cores_here
+from toolkit.errors import ConfigError, RunError, ToolkitError, TrainingError
+from toolkit.experiment.checks import check_experiment, layout_for
+from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load import LoadedExperiment
+from toolkit.launch.capacity import capacity_here, check_processes, free_memory
+from toolkit.models.config import ModuleConfig
+from toolkit.models.shapes import loss_chunk_rows
+from toolkit.storage.atomic import write_atomic
+from toolkit.storage.foreign import read_json
+from toolkit.wording import count
+
+FASTER = 1.03
+"""What a change has to win; less is noise."""
+_SHARE = 0.8
+"""Of the free memory of a machine without GPUs, what tries may take together."""
+_LIMIT = 1.1
+"""Of a GPU's memory, up to which a plan is tried: plans are a few percent off, and a try that runs
+out of memory does no harm there."""
+_MOST_SIZES = 5
+MICROBATCH, AC, COMPILE = (
+    "train_module.rank_microbatch_size",
+    "train_module.ac_config",
+    "train_module.compile_model",
+)
+PRECISION, THREADS, CHUNK = (
+    "train_module.precision",
+    "trainer.num_threads",
+    "model.loss_chunk_size",
+)
+Values = dict[str, Any]
+"""Config path -> value."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the table."""
+
+    change: str
+    """What is different from the best one before."""
+    values: dict[str, Any]
+    """All that differs from the config."""
+    tokens_per_second: float | None = None
+    peak_memory: int | None = None
+    """Bytes."""
+    failed: str | None = None
+
+
+class Report(NamedTuple):
+    """What `toolkit tune` found."""
+
+    attempts: list[Attempt]
+    best: Attempt
+    config: ExperimentConfig
+    """The config with the best one's values."""
+    flags: list[str]
+    """What changes the config so on the command line."""
+
+
+class Machine(NamedTuple):
+    """What tries run on."""
+
+    device: str
+    """A name of `plan/devices.py`."""
+    memory: int
+    """Bytes of each process."""
+    threads: int | None
+    """CPU threads of each process that may be changed; None: they may not."""
+
+
+def tune(
+    loaded: LoadedExperiment,
+    *,
+    steps: int,
+    processes: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+    write: Path | None = None,
+) -> Report:
+    """Try the settings of `loaded` with `steps` counted steps each on `processes` processes; `say`
+    hears of each try. `write`: the file that `write_config` will make.
+
+    Raises ConfigError: the config does not train here, or `write` exists; TrainingError: no try
+    worked.
+    """
+    config, environ = loaded.config, os.environ
+    if has_launcher(environ):
+        raise ConfigError("tune starts its own processes: run it without a launcher, --processes N")
+    for name, number in (("--steps", steps), ("--processes", processes)):
+        if number < 1:
+            raise ConfigError(f"{name} {number}: give 1 or more")
+    if isinstance(config.model, ModuleConfig):
+        raise ConfigError("tune is for language models", key="model.type")
+    if write is not None and (write.exists() or not write.absolute().parent.is_dir()):
+        what = "exists; give another name" if write.exists() else "its folder does not exist"
+        raise ConfigError(f"--write {write}: {what}")
+    check_processes(processes)
+    search = _Search(loaded, steps, processes, say)
+    search.run()
+    if search.best is None:
+        raise TrainingError(f"no try worked; the first: {search.attempts[0].failed}")
+    best = search.best
+    flags = [f"--{path}={_shown(value)}" for path, value in best.values.items()]
+    return Report(search.attempts, best, _changed(loaded.stored, best.values), flags)
+
+
+def describe(report: Report) -> tuple[list[list[str]], str]:
+    """The rows of a table (change, tokens/s, GB, note), and what follows from it."""
+    rows = []
+    for attempt in report.attempts:
+        speed, memory = attempt.tokens_per_second, attempt.peak_memory
+        note = attempt.failed or ("best" if attempt is report.best else "")
+        rows.append(
+            [
+                attempt.change,
+                "" if speed is None else f"{speed:,.0f}",
+                "" if memory is None else f"{memory / 1e9:.2f}",
+                note,
+            ]
+        )
+    if not report.flags:
+        return rows, "nothing is faster than the config as it is"
+    return rows, " ".join(report.flags)
+
+
+def write_config(report: Report, file: Path) -> None:
+    """Write the config with the best values, for `toolkit train FILE`."""
+    write_atomic(file, report.config.to_json() + b"\n")
+
+
+class _Search:
+    """Tries so far, and the best of them."""
+
+    def __init__(
+        self, loaded: LoadedExperiment, steps: int, processes: int, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.steps, self.processes, self.say = loaded.config, steps, processes, say
+        self.environ = _environ()
+        self.layout = layout_for(self.config, {**os.environ, "WORLD_SIZE": str(processes)})
+        check_experiment(self.config, self.layout.batch_ranks, layout=self.layout)
+        self.machine = _machine(processes)
+        self.attempts: list[Attempt] = []
+        self.best: Attempt | None = None
+        self.ran_short = False
+        """Whether something needed more memory than there is."""
+
+    @property
+    def values(self) -> Values:
+        return {} if self.best is None else dict(self.best.values)
+
+    def run(self) -> None:
+        module = self.config.train_module
+        self._precisions()
+        if self.machine.threads is not None:
+            self._threads(self.machine.threads)
+        self._microbatches()
+        if self.ran_short and module.ac_config is None:
+            self._checkpointing()
+        elif module.ac_config is not None:
+            self.attempt("no activation checkpointing", {AC: None})
+        if can_compile():
+            is_on = module.compile_model is True
+            self.attempt("not compiled" if is_on else "compiled", {COMPILE: not is_on})
+        model = self.config.model.to_transformer()
+        chunk = loss_chunk_rows(model.loss_chunk_size, model.padded_vocab_size, self.machine.device)
+        for rows in (chunk // 2, chunk * 2):
+            self.attempt(f"loss chunks of {count(rows, 'row')}", {CHUNK: rows})
+
+    def _precisions(self) -> None:
+        if self.layout.precision != "auto":
+            self.attempt("as configured", {})
+            return
+        for precision in ("fp32", "bf16"):
+            self.attempt(f"precision {precision}", {PRECISION: precision})
+
+    def _threads(self, threads: int) -> None:
+        while threads > 1:
+            threads //= 2
+            if not self.attempt(count(threads, "thread"), {THREADS: threads}):
+                return
+
+    def _microbatches(self, also: Values | None = None, *, larger: bool = False) -> None:
+        """Larger ones as long as they are faster, else smaller ones."""
+        length = self.config.dataset.sequence_length
+        share = self.config.data_loader.global_batch_size // self.layout.batch_ranks
+        current = min(self.config.train_module.rank_microbatch_size or share, share)
+        current = self.values.get(MICROBATCH, current)
+        sizes = [rows * length for rows in divisors(share // length)]
+        above = _doublings([size for size in sizes if size > current])
+        below = _doublings([size for size in reversed(sizes) if size < current])
+        found_larger = False
+        for size in above[:_MOST_SIZES]:
+            if not self.attempt(_named_size(size, also), {MICROBATCH: size, **(also or {})}):
+                break
+            found_larger = True
+        if larger or (found_larger and self.best is not None):
+            return
+        for size in below[:_MOST_SIZES]:
+            is_faster = self.attempt(f"microbatches of {size:,} tokens", {MICROBATCH: size})
+            if self.best is not None and not is_faster:
+                return
+
+    def _checkpointing(self) -> None:
+        """With memory to spare, larger microbatches may be worth computing blocks twice."""
+        kinds: list[Values] = [{"mode": "full"}]
+        if self.layout.pp == 1 and self.layout.ep == 1:
+            kinds.insert(0, {"mode": "selected_ops"})
+        for kind in kinds:
+            if self.best is None:
+                self.attempt(f"checkpointing {kind['mode']}", {AC: kind})
+            self._microbatches({AC: kind}, larger=True)
+
+    def attempt(self, change: str, values: Values) -> bool:
+        """Try `values` over the best ones so far; whether they are better."""
+        everything = {**self.values, **values}
+        attempt = self._tried(change, everything)
+        if attempt is None:
+            return False
+        self.attempts.append(attempt)
+        speed = attempt.tokens_per_second
+        told = attempt.failed or f"{speed:,.0f} tokens/s"
+        self.say(f"{change}: {told}")
+        self.ran_short |= attempt.failed is not None and "memory" in attempt.failed
+        if speed is None:
+            return False
+        before = None if self.best is None else self.best.tokens_per_second
+        if before is not None and speed < FASTER * before:
+            return False
+        self.best = attempt
+        return True
+
+    def _tried(self, change: str, values: Values) -> Attempt | None:
+        """None where the config cannot be so."""
+        given = Attempt(change=change, values=values)
+        try:
+            config = _changed(self.config, values)
+            layout = layout_for(config, {**os.environ, "WORLD_SIZE": str(self.processes)})
+            check_experiment(config, layout.batch_ranks, layout=layout)
+        except ConfigError:
+            if not values:
+                raise
+            return None
+        needed = _planned(config, layout, self.machine, self.processes)
+        margin = 1.0 if self.machine.device == CPU else _LIMIT
+        if needed is not None and needed > margin * self.machine.memory:
+            gib = needed / 2**30, self.machine.memory / 2**30
+            short = "not tried: the plan needs {:.1f} GiB of memory, there are {:.1f}".format(*gib)
+            return msgspec.structs.replace(given, failed=short)
+        result = _run(config, self.steps, self.processes, self.machine, self.environ)
+        return msgspec.structs.replace(
+            given,
+            tokens_per_second=result.tokens_per_second,
+            peak_memory=result.peak_memory,
+            failed=result.failed,
+        )
+
+
+def _environ() -> dict[str, str]:
+    """What a try sees: it measures nothing itself."""
+    return {**os.environ, MEASURE: "0"}
+
+
+def _machine(processes: int) -> Machine:
+    capacity = capacity_here()
+    if capacity.gpus:
+        import torch
+
+        memory = torch.cuda.get_device_properties(0).total_memory
+        title = torch.cuda.get_device_name(0)
+        name = next((d.name for d in DEVICES.values() if d.title == title), "h100")
+        return Machine(name, memory, None)
+    threads = max(1, cores_here() // processes)
+    memory = int(_SHARE * free_memory() / processes)
+    return Machine(CPU, memory, None if asked_threads(os.environ) else threads)
+
+
+def _planned(
+    config: ExperimentConfig, layout: Layout, machine: Machine, processes: int
+) -> float | None:
+    """Bytes that the plan says; None: no plan knows the model's parts."""
+    device = find_device(machine.device, processes)._replace(memory=machine.memory)
+    try:
+        return plan_of(job_of(config, layout, Target(device, processes))).memory.total
+    except ToolkitError:
+        return None
+
+
+def _run(
+    config: ExperimentConfig,
+    steps: int,
+    processes: int,
+    machine: Machine,
+    environ: Mapping[str, str],
+) -> Result:
+    memory = machine.memory if machine.device == CPU else None
+    trial = Trial(config=config.to_dict(), steps=steps, processes=processes, memory=memory)
+    with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as name:
+        folder = Path(name)
+        (folder / "try.json").write_bytes(msgspec.json.encode(trial))
+        command = [sys.executable, "-m", "toolkit.commands.tune_worker", str(folder / "try.json")]
+        with (folder / "errors").open("w+b") as errors:
+            code = subprocess.run(
+                command, env=environ, stdout=errors, stderr=errors, check=False
+            ).returncode
+            errors.seek(0)
+            lines = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
+        try:
+            return read_json(folder / RESULT, RunError, Result)
+        except FileNotFoundError:
+            if code == -signal.SIGKILL:
+                return Result(failed="killed: out of memory?")
+            return Result(failed=lines[-1] if lines else f"ended with code {code}")
+
+
+def _changed(config: ExperimentConfig, values: Values) -> ExperimentConfig:
+    data = config.to_dict()
+    for path, value in values.items():
+        *sections, last = path.split(".")
+        place = data
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    checked = check(data, ExperimentConfig)
+    for error in checked.errors:
+        raise error
+    return checked.config
+
+
+def _doublings(sizes: list[int]) -> list[int]:
+    """Of sizes in order, those that are at least twice, or at most half, of the one before."""
+    kept: list[int] = []
+    for size in sizes:
+        if not kept or size >= 2 * kept[-1] or 2 * size <= kept[-1]:
+            kept.append(size)
+    return kept
+
+
+def _named_size(size: int, also: Values | None) -> str:
+    mode = f", checkpointing {also[AC]['mode']}" if also else ""
+    return f"microbatches of {size:,} tokens{mode}"
+
+
+def _shown(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return f"'{text}'" if isinstance(value, dict) else text.strip('"')
