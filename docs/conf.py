@@ -36,4 +36,11 @@ def setup(app: Any) -> None:
     def read(app: Any, docname: str, source: list[str]) -> None:
         source[0] = fill(source[0])
 
+    def describe(
+        app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]
+    ) -> None:
+        if what in ("attribute", "property", "data"):
+            lines.insert(0, "")  # else napoleon takes what stands before a colon for a type
+
     app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", describe, priority=400)
