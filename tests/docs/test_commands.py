@@ -123,7 +123,10 @@ def test_every_config_path_in_running_text_exists() -> None:
     for page in PAGES:
         if page.name in ("LOG.md", "architecture.md"):
             continue
-        for path in re.findall(rf"`(?:--)?((?:{sections})\.[\w.]+)`", page.read_text()):
+        text = page.read_text()
+        if page.parent.name == "migrate":  # the first cell of a row has the other project's names
+            text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+        for path in re.findall(rf"`(?:--)?((?:{sections})\.[\w.]+)`", text):
             if not path.endswith((".py", ".json", ".jsonl", ".safetensors")) and path not in OTHER:
                 given = our_path(path).removesuffix(".type")  # a name of a class may stand there
                 assert resolve(given), f"{page.name}: {path}"
