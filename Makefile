@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 IMAGE ?= toolkit
 
-.PHONY: help quickstart test checks style lint lint-check type-check bench bench-compare soak docker-image clean
+.PHONY: help quickstart test checks style lint lint-check type-check docs bench bench-compare soak docker-image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make style        let ruff format the code and mend what it can"
 	@echo "make lint         lint-check (ruff check, ruff format --check), then type-check (mypy)"
 	@echo "make checks       lint, then test: what has to pass before a change is proposed"
+	@echo "make docs         build the docs site into build/docs (open build/docs/index.html)"
 	@echo "make bench        run every benchmark; each prints a table"
 	@echo "make bench-compare BASE=main   short benchmarks of that revision and of this tree, in turns"
 	@echo "make soak         run the slow tests"
@@ -48,6 +49,9 @@ lint-check: .venv/.installed-dev
 
 type-check: .venv/.installed-dev
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bench: .venv/.installed
 	@set -e; for file in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/[a-z]*.py)); do \

@@ -67,6 +67,12 @@ def test_notices(flags: list[str], beginnings: list[str]) -> None:
         assert line.startswith(beginning)
 
 
+def test_a_variable_of_olmo_core_is_taken_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLMO_SHARED_FS", "1")
+    [line] = noticed(load_experiment("smoke").config, steps_per_epoch=10)
+    assert line.startswith("OLMO_SHARED_FS does nothing: ")
+
+
 def test_epochs_are_steps_once_the_data_is_known() -> None:
     flags = [
         "--train_module.scheduler.warmup=500",

@@ -4,6 +4,7 @@ Nothing here is wrong enough to refuse; what is asked for is done, or is said no
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -28,7 +29,10 @@ def notices(
     with contextlib.suppress(ConfigError):  # epochs of data that is not there yet
         timeline = Timeline.of(config.trainer, batches.steps_of)
         lines += [*_length(timeline), *_callbacks(config, timeline.stop_step)]
-    return [*lines, *_trainer(config)]
+    lines += _trainer(config)
+    if os.environ.get("OLMO_SHARED_FS"):
+        lines.append("OLMO_SHARED_FS does nothing: ranks find out whether they see one run folder")
+    return lines
 
 
 def _model(config: ExperimentConfig) -> Iterator[str]:

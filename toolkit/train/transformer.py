@@ -175,6 +175,7 @@ class TransformerTrainModule(EngineTrainModule):
 
     @property
     def blocks(self) -> dict[str, nn.Module | None]:  # type: ignore[override]
+        """The model's blocks by name; None for those that another pipeline stage holds."""
         module: Any = self.engine.module
         parts = module.modules_in_order() if isinstance(module, Stages) else [module]
         own = {

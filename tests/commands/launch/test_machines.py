@@ -4,6 +4,7 @@ where a test wants it, folders of its own."""
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.launch.fakes import run, wait_for, write_program
+from tests.docs.running import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +36,8 @@ class Machines:
         self.namespaces = [f"toolkit-{os.getpid()}-{name}" for name in "ab"]
         self.processes: list[subprocess.Popen[str]] = []
         pairs = zip(ADDRESSES, NAMES, strict=True)
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in pairs)]
+        lines = ["127.0.0.1 localhost"]
+        lines += [f"{address} {name} node{i}" for i, (address, name) in enumerate(pairs)]
         (place / "hosts").write_text("\n".join(lines) + "\n")
         first, second = self.namespaces
         for namespace in self.namespaces:
@@ -162,6 +165,33 @@ def test_torchrun_and_nodes_train_the_same_and_a_stopped_run_is_resumed(
         for file in (tmp_path / "nodes" / "metadata" / "ranks").glob("rank*.json")
     }
     assert hosts <= set(NAMES)
+
+
+def test_the_commands_of_the_guide_train_on_both(machines: Machines, tmp_path: Path) -> None:
+    """Those of docs/learn/many_machines.md, with a small model, one process a machine and this
+    folder as /shared; the last ones resume."""
+    page = (ROOT / "docs/learn/many_machines.md").read_text().replace("\\\n", "")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    shutil.copy(ROOT / "accelerate_configs/fsdp.yaml", tmp_path)
+    for number, block in enumerate(blocks):
+        here = {
+            "my.json": "smoke",
+            "--processes 8": "--processes 1",
+            "--num_processes 16": "--num_processes 2",
+            "--nproc-per-node=8": "--nproc-per-node=1",
+            "/shared/first": str(tmp_path / str(number % 3)),
+        }
+        small = [f"--trainer.max_duration={{value: {14 if number == 3 else 12}, unit: steps}}"]
+        small += ["--train_module.rank_microbatch_size=256"] if number < 3 else []
+        commands = [line for line in block.splitlines() if not line.startswith("#")]
+        for machine, command in enumerate(commands * (2 // len(commands))):
+            for theirs, ours in here.items():
+                command = command.replace(theirs, ours)
+            machines.start(machine, *shlex.split(command), *small)
+        machines.succeed()
+    assert [len(losses(tmp_path / name)) for name in "012"] == [14, 12, 12]
+    assert losses(tmp_path / "1") == losses(tmp_path / "2") == losses(tmp_path / "0")[:12]
 
 
 def test_a_cut_cable_ends_the_run_with_one_line(machines: Machines, tmp_path: Path) -> None:
