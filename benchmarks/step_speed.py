@@ -51,6 +51,7 @@ from toolkit.train.module import Progress
 BATCH, SEQUENCE, VOCABULARY = 8, 256, 8192
 TOKENS = BATCH * SEQUENCE
 UNCOUNTED = 2
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 Turn = Callable[[int], list[float]]
 """Does that many steps; seconds of each."""
@@ -71,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    own_products = torch.get_float32_matmul_precision()
+    own_products = MATMUL.fp32_precision
     take_fast_products()
     console = Console(width=110)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -81,7 +82,7 @@ def main() -> None:
             how: Any = {"precision": precision, "compiled": kind == "compiled", "clock": clock}
             makers[f"toolkit, {kind} {precision}"] = partial(toolkit_turn, **how)
             makers[f"bare PyTorch, {kind} {precision}"] = partial(bare_turn, **how)
-    if torch.get_float32_matmul_precision() != own_products:
+    if MATMUL.fp32_precision != own_products:
         makers["bare PyTorch, MKL, compiled fp32"] = lambda: with_products(
             own_products, lambda: bare_turn(precision="fp32", compiled=True, clock=clock)
         )
@@ -148,16 +149,15 @@ def report(
 
 
 def with_products(kind: str, make: Callable[[], Turn]) -> Turn:
-    """Turns of what `make` makes, with another `torch.set_float32_matmul_precision`."""
+    """Turns of what `make` makes, with another precision of oneDNN's products."""
     turn = make()
 
     def run(count: int) -> list[float]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(kind)
+        before, MATMUL.fp32_precision = MATMUL.fp32_precision, kind
         try:
             return turn(count)
         finally:
-            torch.set_float32_matmul_precision(before)
+            MATMUL.fp32_precision = before
 
     return run
 

@@ -1,20 +1,23 @@
 """Which processors compute fp32 products with oneDNN."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from toolkit.distributed.tuning import take_fast_products
 from toolkit.models.shapes import loss_chunk_rows
 
+matmul: Any = torch.backends.mkldnn.matmul
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
 
 
 @pytest.fixture(autouse=True)
 def _restored():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     yield
-    torch.set_float32_matmul_precision(before)
+    matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
@@ -23,21 +26,28 @@ def _restored():
 def test_other_processors_keep_theirs(monkeypatch: pytest.MonkeyPatch, changes) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD | changes)
     take_fast_products()
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert matmul.fp32_precision == "ieee"
 
 
 def test_with_gpus_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     take_fast_products()
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert matmul.fp32_precision == "ieee"
 
 
 def test_products_that_round_operands_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     take_fast_products()
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert matmul.fp32_precision == "ieee"
+
+
+def test_it_does_not_matter_who_has_set_another_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
+    for _ in range(2):
+        take_fast_products()
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.parametrize("shape", [(200, 300, 400), (7, 64, 1000), (512, 512, 512)])

@@ -98,8 +98,8 @@ def take_fast_products() -> None:
 
     On AMD's processors MKL has no kernels for AVX-512: 110 GFLOP/s a core of a Zen 5, where oneDNN
     has 250. torch gives it fp32 products when it may round operands to bf16, which oneDNN does on
-    processors with AMX only; a product that shows rounding turns it off again all the same. GPUs,
-    where there are some, would round: the switch is theirs too.
+    processors with AMX only; a product that shows rounding turns it off again all the same. Not
+    beside GPUs, for whose switches torch has an older interface that does not bear a mixture.
     """
     import torch
 
@@ -107,12 +107,13 @@ def take_fast_products() -> None:
     is_amd = "AMD" in str(has.get("cpu_name", "")) and has.get("avx512_f", False)
     if not is_amd or has.get("amx_bf16", False) or torch.cuda.is_available():
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"  # of oneDNN alone
     for size in (64, 256):
         exact = torch.full((size, size), 1.0 + 2.0**-20)
         if not torch.equal(exact @ torch.eye(size), exact):
-            torch.set_float32_matmul_precision(before)
+            matmul.fp32_precision = before
 
 
 def keep_freed_memory() -> None:
