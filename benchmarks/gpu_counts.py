@@ -33,13 +33,7 @@ from toolkit.distributed import fully_sharded, materialize, torch_engine
 from toolkit.distributed.config import DataParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import resolve_layout
-<<<<<<< HEAD
 from toolkit.models import attention, loss, norms, projections, rope, shapes, weight_gradient
-||||||| merged common ancestors
-from toolkit.models import attention, loss, norms, rope, weight_gradient
-=======
-from toolkit.models import attention, loss, norms, rope, shapes, weight_gradient
->>>>>>> cpustep
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.presets import PRESETS
 from toolkit.models.transformer import layer_inputs

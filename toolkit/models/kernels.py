@@ -247,26 +247,10 @@ def kernel_record(
         masked = sdpa(has_bias=True)
     if config.attention_soft_cap is None:
         record["attention"] = sdpa(has_bias=False)
-<<<<<<< HEAD
-||||||| merged common ancestors
-<<<<<<<<< Temporary merge branch 1
-        if is_compiled and prefers_blocks(device.type, dtype):
-            record["attention"] = masked = "blocks of queries"
-||||||||| b4090f2
-=========
-=======
-        if is_compiled and prefers_blocks(device.type, dtype):
-            record["attention"] = masked = "blocks of queries"
->>>>>>> cpustep
         if device.type == "cuda" and attention_order:
             record["attention"] += f" ({', else '.join(attention_order[:2])})"
-<<<<<<< HEAD
         if is_compiled and prefers_blocks(device.type, dtype):
             record["attention"] = masked = "blocks of queries"
-||||||| merged common ancestors
->>>>>>>>> Temporary merge branch 2
-=======
->>>>>>> cpustep
     record["attention inside documents and windows"] = masked
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)
