@@ -4,7 +4,7 @@ ways that need no such library; the ids are the same.
 It is taken only for tokenizers of the kinds whose ids were compared, for every Unicode character
 and for strings made to be hard: GPT-2's pattern and `KNOWN_PATTERNS`. In every process its ids for
 the first documents are compared with those of `tokenizers` once more (`IdsDiffer`). It remembers
-words without a bound, so it is made anew when the process has grown.
+words, with no bound that it promises, so it is made anew when the process has grown.
 """
 
 import importlib.metadata
