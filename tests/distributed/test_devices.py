@@ -15,6 +15,7 @@ from tests.tiny import module_config, open_environment
 from toolkit.commands.models import pick_device as pick_by_name
 from toolkit.distributed import devices, environment, process_groups, tuning
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
+from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.ranks import adopt_ranks
 from toolkit.distributed.tuning import keep_compiled_code, set_defaults
 from toolkit.errors import ConfigError
@@ -303,6 +304,23 @@ def test_the_command_line_sets_it_before_torch_is_there() -> None:
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False expandable_segments:True\n"
+
+
+def test_rank_0_says_what_precision_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(_: Any, own: Any) -> Any:
+        """What rank 0 has sent, whose device is faster at bf16."""
+        return own[0], "bf16"
+
+    monkeypatch.setattr(environment.TrainingEnvironment, "broadcast", said)
+    here = environment.TrainingEnvironment(
+        rank=1,
+        local_rank=0,
+        device=torch.device("cpu"),
+        layout=resolve_layout("auto", None, {}),
+        seed=0,
+    )
+    found = environment._with_choices(here, None, 1, None, frozenset())
+    assert found.layout.precision == "bf16"
 
 
 def test_what_resuming_promises_is_said_where_it_is_less() -> None:
