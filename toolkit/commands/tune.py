@@ -31,7 +31,7 @@ from toolkit.commands.tune_worker import RESULT, Result, Trial
 from toolkit.config.check import check
 from toolkit.distributed.launcher import has_launcher
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.tuning import asked_threads, cores_here
+from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, RunError, ToolkitError, TrainingError
 from toolkit.experiment.checks import check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
@@ -41,6 +41,7 @@ from toolkit.models.config import ModuleConfig
 from toolkit.models.shapes import loss_chunk_rows
 from toolkit.storage.atomic import write_atomic
 from toolkit.storage.foreign import read_json
+from toolkit.threads import cores_here
 from toolkit.wording import count
 
 FASTER = 1.03

@@ -25,7 +25,7 @@ from toolkit.autotune.question import Aspect, Question, measures, work_of
 from toolkit.config.named import named
 from toolkit.data.corpus_info import planned_batches
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.tuning import asked_threads, cores_here, cpu_details, cpu_name
+from toolkit.distributed.tuning import asked_threads, cpu_details, cpu_name
 from toolkit.errors import ToolkitError
 from toolkit.metrics.flops import device_peak_flops
 from toolkit.models.config import ClassModelConfig, ModuleConfig
@@ -33,6 +33,7 @@ from toolkit.runs.environment import installed_version
 from toolkit.runs.status import read_status
 from toolkit.storage.foreign import reason_of
 from toolkit.storage.remote import is_url
+from toolkit.threads import cores_here
 
 _FLOPS_SHARE = 0.35
 """Of a GPU's peak, what an eager step reaches."""

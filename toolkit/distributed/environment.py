@@ -38,7 +38,7 @@ from toolkit.distributed.process_groups import (
     open_process_groups,
 )
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_defaults, tune_cpu
+from toolkit.distributed.tuning import keep_compiled_code, set_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 
@@ -201,6 +201,7 @@ def single_environment(
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
     use_device(where)
+    keep_compiled_code()
     layout = settle_precision(resolve_layout(precision, None, {}), where)
     return TrainingEnvironment(rank=0, local_rank=0, device=where, layout=layout, seed=seed)
 
@@ -236,6 +237,7 @@ def prepare_training_environment(
     processes than accelerators.
     """
     set_defaults()
+    keep_compiled_code()
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
@@ -306,12 +308,12 @@ def _with_choices(
             run_dir=run_dir,
             anew=anew,
         )
-    choices, notices = _compiling_where_all_can(environment, environment.broadcast(answer))
-    precision = choices.precision if layout.precision == "auto" else layout.precision
-    if precision is not None:
-        layout = msgspec.structs.replace(layout, precision=precision)
-    layout = settle_precision(layout, device)
-    layout = msgspec.structs.replace(layout, notices=(*layout.notices, *notices))
+    answer, precision = environment.broadcast((answer, _settled(layout, device)))
+    choices, notices = _compiling_where_all_can(environment, answer)
+    if layout.precision == "auto" and choices.precision is not None:
+        precision = choices.precision
+    notices = (*layout.notices, *notices)
+    layout = msgspec.structs.replace(layout, precision=precision, notices=notices)
     if choices.threads is not None:  # at most this rank's own share of its machine
         torch.set_num_threads(min(choices.threads, torch.get_num_threads()))
     if device.type == "cuda":
@@ -340,9 +342,13 @@ def is_fast_at_bf16(device: torch.device) -> bool:
 
 def settle_precision(layout: Layout, device: torch.device) -> Layout:
     """`layout` with `auto` replaced by what it is where nothing is measured."""
+    return msgspec.structs.replace(layout, precision=_settled(layout, device))
+
+
+def _settled(layout: Layout, device: torch.device) -> Precision:
     if layout.precision != "auto":
-        return layout
-    return msgspec.structs.replace(layout, precision="bf16" if is_fast_at_bf16(device) else "fp32")
+        return layout.precision
+    return "bf16" if is_fast_at_bf16(device) else "fp32"
 
 
 def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:

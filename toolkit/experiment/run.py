@@ -24,9 +24,10 @@ from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
-from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path, layout_for
+from toolkit.experiment.checks import check_corpus, check_experiment, layout_for
 from toolkit.experiment.common import common_of
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths

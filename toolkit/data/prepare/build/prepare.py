@@ -55,7 +55,7 @@ from toolkit.data.prepare.build.vocabulary import (
     tokenizer_check,
     vocabulary_of,
 )
-from toolkit.data.prepare.build.workers import Errand, encode_shards, num_cores
+from toolkit.data.prepare.build.workers import Errand, encode_shards
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import DatasetStore
 from toolkit.data.prepare.text.reading import Counts, read_shard
@@ -77,6 +77,7 @@ from toolkit.data.tokens.prepared import (
 from toolkit.errors import DataError
 from toolkit.storage.atomic import new_folder, remove_tree, write_json_atomic
 from toolkit.storage.locks import locked
+from toolkit.threads import cores_here
 
 PARTS_VERSION = 5
 """Changes when the same settings would give other parts."""
@@ -230,7 +231,7 @@ def _build(
     parts = [complete_part(job, setup) for job in jobs]
     missing = [job for job, part in zip(jobs, parts, strict=True) if part is None]
     started = time.monotonic()
-    num_processes = config.num_processes or num_cores()
+    num_processes = config.num_processes or cores_here()
     check = tokenizer_check(config, tokenizer_folder)
 
     def encode_missing(setup: PartsSetup, check: Errand | None) -> None:

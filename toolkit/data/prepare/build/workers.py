@@ -23,11 +23,6 @@ SMALL_BYTES = 2 << 20
 """Below this, starting processes costs more than they save."""
 
 
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Errand(NamedTuple):
     """Other work that a worker does first, while others encode."""
 
