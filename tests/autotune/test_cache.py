@@ -90,6 +90,14 @@ def test_where_nothing_can_be_kept_each_start_measures(
     tmp_path.chmod(0o700)
 
 
+def test_a_cache_folder_that_is_relative_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "some/rel")
+    notices: list[str] = []
+    assert cache.find_or_measure(KEY, lambda: BF16, notices) == BF16
+    assert "XDG_CACHE_HOME is relative" in notices[0]
+    assert "some/rel" in notices[0]
+
+
 def test_of_several_starts_one_measures_and_all_agree() -> None:
     measured: list[int] = []
     answers: list[Timings] = []

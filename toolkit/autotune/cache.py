@@ -36,7 +36,11 @@ def folder() -> Path:
     """`$XDG_CACHE_HOME/toolkit/tuning`; `~/.cache` by default."""
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if not os.path.isabs(cache):
-        raise FileNotFoundError(errno.ENOENT, "no home folder, and no XDG_CACHE_HOME", cache)
+        is_set = bool(os.environ.get("XDG_CACHE_HOME"))
+        problem = (
+            "XDG_CACHE_HOME is relative" if is_set else "no home folder, and no XDG_CACHE_HOME"
+        )
+        raise FileNotFoundError(errno.ENOENT, problem, cache)
     return Path(cache, "toolkit", "tuning")
 
 

@@ -15,6 +15,7 @@ from toolkit.threads import cores_here
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _KEPT_BYTES = 1 << 30
+_THREADS_PER_CORE = 4
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The name since torch 2.9, and the older ones, which it still prefers."""
 
@@ -67,7 +68,7 @@ def tune_cpu(*, local_world_size: int = 1, threads: int | None = None) -> None:
     """
     import torch
 
-    asked = asked_threads(os.environ) or threads
+    asked = threads_asked_for(os.environ, threads)
     torch.set_num_threads(asked or max(1, cores_here() // local_world_size))
     keep_freed_memory()
     take_fast_products()
@@ -101,7 +102,7 @@ def _cpu_info() -> dict[str, str]:
 
 def asked_threads(environ: Mapping[str, str]) -> int | None:
     """TOOLKIT_NUM_THREADS: threads of each process's CPU operations; None when it is not set.
-    Raises ConfigError: it is no number, or less than 1."""
+    Raises ConfigError: it is no number, less than 1, or more than 4 for each core there is."""
     asked = environ.get("TOOLKIT_NUM_THREADS", "")
     if not asked:
         return None
@@ -109,7 +110,27 @@ def asked_threads(environ: Mapping[str, str]) -> int | None:
         raise ConfigError(
             f"environment variable TOOLKIT_NUM_THREADS: expected a number of threads, not {asked!r}"
         )
-    return int(asked)
+    return _checked_threads(int(asked), "environment variable TOOLKIT_NUM_THREADS")
+
+
+def threads_asked_for(environ: Mapping[str, str], configured: int | None) -> int | None:
+    """`asked_threads`, or else what `trainer.num_threads` says. Raises ConfigError: as there."""
+    asked = asked_threads(environ)
+    if asked is None and configured is not None:
+        return _checked_threads(configured, "trainer.num_threads")
+    return asked
+
+
+def _checked_threads(number: int, where: str) -> int:
+    """`number`: threads that a machine cannot start end the process without a word."""
+    cores = os.cpu_count() or 1
+    most = _THREADS_PER_CORE * cores
+    if number > most:
+        raise ConfigError(
+            f"{where}: {number} threads are more than {_THREADS_PER_CORE} for each core of this "
+            f"machine ({cores}); give {most} or fewer"
+        )
+    return number
 
 
 def take_fast_products() -> None:

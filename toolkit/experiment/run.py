@@ -23,6 +23,7 @@ from toolkit.distributed.choosing import PATHS
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
+from toolkit.distributed.tuning import threads_asked_for
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
 from toolkit.experiment.checks import check_corpus, check_experiment, layout_for
 from toolkit.experiment.common import common_of
@@ -179,6 +180,7 @@ def _run(
     run, name = None, choose_run_name()
     found = ErrorList()
     found.ask(check_experiment, config, layout.batch_ranks, layout=layout)
+    found.ask(threads_asked_for, environ, config.trainer.num_threads)
     if rank == 0:
         before = find_predecessor(config.run, current_launch())
         if before is not None:
