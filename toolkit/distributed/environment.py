@@ -24,13 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from toolkit.autotune.choices import Choices
 from toolkit.autotune.choose import Answer
-from toolkit.autotune.question import Aspect
-from toolkit.distributed.choosing import (
-    answer_of,
-    question_of,
-    recorded_choices,
-    save_folder_of,
-)
+from toolkit.autotune.question import Aspect, can_compile
+from toolkit.distributed.choosing import answer_of
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import device_name, pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
@@ -302,21 +297,19 @@ def _with_choices(
 ) -> TrainingEnvironment:
     """`environment` with what rank 0 has chosen, in use on this rank."""
     device, layout, answer = environment.device, environment.layout, Answer(Choices())
-    if environment.is_main and getattr(config, "model", None) is not None:
-        is_cuda = device.type == "cuda"
-        question = question_of(
+    if environment.is_main:
+        answer = answer_of(
             config,
             layout,
-            device=device.type,
+            device,
+            fixed=settle_precision(layout, device).precision,
             name=device_name(device),
-            capability=torch.cuda.get_device_capability(device) if is_cuda else None,
             local_world_size=local_world_size,
+            run_dir=run_dir,
+            anew=anew,
         )
-        if question is not None:
-            fixed = settle_precision(layout, device).precision
-            recorded = recorded_choices(run_dir or save_folder_of(config))
-            answer = answer_of(question, device, fixed=fixed, recorded=recorded, anew=anew)
-    (choices, notices), precision = environment.broadcast((answer, _settled(layout, device)))
+    answer, precision = environment.broadcast((answer, _settled(layout, device)))
+    choices, notices = _compiling_where_all_can(environment, answer)
     if layout.precision == "auto" and choices.precision is not None:
         precision = choices.precision
     notices = (*layout.notices, *notices)
@@ -326,6 +319,19 @@ def _with_choices(
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
     return dataclasses.replace(environment, layout=layout, choices=choices)
+
+
+def _compiling_where_all_can(environment: TrainingEnvironment, answer: Answer) -> Answer:
+    """`answer`, uncompiled where a rank has no compiler: other machines may be other ones, as those
+    of a recorded choice."""
+    if not answer.choices.compile_model:
+        return answer
+    found = environment.gather((socket.gethostname(), can_compile()))
+    if not (without := sorted({host for host, can in found if not can})):
+        return answer
+    notice = f"not compiled: no C++ compiler or no Python.h on {', '.join(without)}"
+    choices = msgspec.structs.replace(answer.choices, compile_model=False)
+    return Answer(choices, (*answer.notices, notice))
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:
