@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from toolkit.autotune import cache
@@ -32,6 +33,13 @@ def test_the_first_measurement_stays() -> None:
     assert cache.find_or_measure({**KEY, "device": "cuda"}, lambda: FP32, notices) == FP32
     assert cache.find(KEY) == BF16
     assert notices == []
+
+
+def test_what_does_not_last_is_for_its_own_start_alone() -> None:
+    busy = msgspec.structs.replace(FP32, lasts=False)
+    assert cache.find_or_measure(KEY, lambda: busy, []) == busy
+    assert cache.find(KEY) is None
+    assert cache.find_or_measure(KEY, lambda: BF16, []) == BF16
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,14 @@ def test_where_nothing_can_be_kept_each_start_measures(
         (notice,) = notices
         assert "measurements cannot be kept" in notice
     tmp_path.chmod(0o700)
+
+
+def test_a_cache_folder_that_is_relative_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "some/rel")
+    notices: list[str] = []
+    assert cache.find_or_measure(KEY, lambda: BF16, notices) == BF16
+    assert "XDG_CACHE_HOME is relative" in notices[0]
+    assert "some/rel" in notices[0]
 
 
 def test_of_several_starts_one_measures_and_all_agree() -> None:

@@ -172,3 +172,21 @@ def test_it_says_what_this_machine_cannot_do(
     (line,) = [line for line in lines(*flags) if "refused on this machine" in line]
     assert line.startswith("here refused on this machine: train_module.float8_config: ")
     assert said in line
+
+
+@pytest.mark.parametrize("kernel", ["flash", "flash3"])
+def test_attention_kernels_of_gpus_are_refused_on_cpus(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (line,) = [
+        line
+        for line in lines(f"--train_module.attention_backend={kernel}")
+        if "refused on this machine" in line
+    ]
+    assert "train_module.attention_backend: chooses between CUDA's kernels" in line
+
+
+def test_more_threads_than_can_be_started_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.num_threads: 100000 threads are more than 4"):
+        lines("--trainer.num_threads=100000")

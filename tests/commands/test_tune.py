@@ -1,17 +1,23 @@
 """`toolkit tune`: which tries there are, what wins, and what failures do."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from toolkit import signals
 from toolkit.cli import main as cli
 from toolkit.commands import tune as tuning
 from toolkit.commands import tune_worker
 from toolkit.commands.tune_worker import Result, Trial
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from toolkit.experiment.load import load_experiment
+from toolkit.parents import is_alive
 from toolkit.testing import tiny_experiment
 
 
@@ -96,16 +102,64 @@ def test_what_the_plan_refuses_is_not_tried(
         (["--processes", "0"], "--processes 0: give 1 or more"),
         (["--write", "nowhere/fast.json"], "--write nowhere/fast.json: its folder does not exist"),
         (["--write", "tiny.json"], "--write tiny.json: exists; give another name"),
+        (["--write", f"{'x' * 250}.json"], "cannot be written: File name too long"),
+        (["--write", "dangling"], "--write dangling: exists; give another name"),
+        (["--trainer.num_threads=100000"], "trainer.num_threads: 100000 threads are more than 4"),
         (["--train_module.precision=fp17"], "train_module.precision"),
     ],
 )
 def test_bad_input_is_one_line(
     words: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("dangling").symlink_to("nowhere")
     assert cli.run(["tune", config, *words]) == EXIT_BAD_INPUT
     said = capsys.readouterr().err.strip()
     assert message in said
     assert "\n" not in said
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(config: Any) -> float:
+        Path("fast.json").write_text("mine")
+        return 1.0
+
+    speeds(monkeypatch, judge)
+    assert cli.run(["tune", config, "--write", "fast.json"]) == EXIT_BAD_INPUT
+    told = capsys.readouterr()
+    assert "--write fast.json: exists by now, and was not replaced" in told.err
+    assert "--train_module.precision=fp32\n" in told.out
+    assert Path("fast.json").read_text() == "mine"
+
+
+def test_a_request_to_stop_ends_all_ranks_of_the_try(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a session of its own, so that nobody else would end it."""
+    python, notes = tmp_path / "python", [tmp_path / "rank0", tmp_path / "rank1"]
+    python.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/new$RANK\n"
+        f"mv {tmp_path}/new$RANK {tmp_path}/rank$RANK\nexec sleep 60\n"
+    )
+    python.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(python))
+    tiny = load_experiment(config).config
+
+    def ask() -> None:
+        end_at = time.monotonic() + 30
+        while not all(note.exists() for note in notes) and time.monotonic() < end_at:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    machine = tuning.Machine("cpu", 8 << 30, 1)
+    with signals.listening(signals.Starting()):
+        asking.start()
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+            tuning._run(tiny, 1, 2, machine, tuning._environ())
+    asking.join()
+    assert not any(is_alive(int(note.read_text())) for note in notes)
 
 
 def test_one_try_from_end_to_end(config: str, tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_what_is_right_is_built_without_what_is_wrong() -> None:
     assert (checked.config.seed, checked.config.dataset.sequence_length) == (0, 64)
 
 
+def test_a_switch_with_further_values_names_them_all() -> None:
+    layout = {"name": "fsdp", "reshard_after_forward": "maybe"}
+    module = {"optim": {"type": "adamw"}, "compile_model": "perhaps", "dp_config": layout}
+    assert sorted(problems(train_module=module)) == [
+        "train_module.compile_model: 'perhaps' is not one of auto, false, true",
+        "train_module.dp_config.reshard_after_forward: 'maybe' is not one of auto, false, true",
+    ]
+
+
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
 def test_seeds_are_whole_numbers_of_64_bits(seed: int) -> None:
     assert problems(seed=seed, data_loader={"seed": seed}) == []

@@ -1,7 +1,10 @@
 """Sections that do not fit each other are refused, naming both keys and what would fit."""
 
+import re
+
 import pytest
 
+from toolkit.distributed.tuning import threads_asked_for
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_experiment, gradient_accumulation_steps
 from toolkit.experiment.load import load_experiment
@@ -67,6 +70,17 @@ def test_threads_asked_for_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None
         assert message(1) == (
             f"environment variable TOOLKIT_NUM_THREADS: expected a number of threads, not '{value}'"
         )
+
+
+def test_threads_asked_for_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    problem = "9 threads are more than 4 for each core of this machine (2); give 8 or fewer"
+    assert threads_asked_for({}, 8) == 8
+    assert threads_asked_for({"TOOLKIT_NUM_THREADS": "1"}, 9) == 1
+    with pytest.raises(ConfigError, match=re.escape(f"trainer.num_threads: {problem}")):
+        threads_asked_for({}, 9)
+    monkeypatch.setenv("TOOLKIT_NUM_THREADS", "9")
+    assert message(1) == f"environment variable TOOLKIT_NUM_THREADS: {problem}"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,21 @@ def test_non_finite_and_huge_numbers_do_not_stop_tensorboard(tmp_path):
     assert scalars(tmp_path, "x") == [(1, float("inf"))]
 
 
+def test_what_tensorboard_cannot_say_is_said_as_nearly_as_it_can(tmp_path):
+    sink = TensorBoardSink(tmp_path, purge_step=-3)
+    big = 10**400
+    sink.write([{"step": -2, "time": big, "a": big, "b": -big, "\ud800": 1.0, "name": "\udfff"}])
+    sink.write([{"step": 2**70}, {"step": -(2**70)}])
+    sink.close()
+    (file,) = os.listdir(tmp_path)
+    raw = list(RawEventFileLoader(str(tmp_path / file)).Load())
+    found = [Event.FromString(event) for event in raw]
+    assert [event.SerializeToString() for event in found] == raw
+    assert [event.step for event in found[1:]] == [-3, -2, 2**63 - 1, -(2**63)]
+    values = {value.tag: value.simple_value for value in found[2].summary.value}
+    assert values == {"?/a": math.inf, "?/b": -math.inf, "?/?": 1.0}
+
+
 def test_nothing_written_makes_no_file(tmp_path):
     sink = TensorBoardSink(tmp_path / "tb")
     sink.write([])

@@ -44,8 +44,6 @@ def tune(
         say=lambda line: typer.echo(line, err=True),
         write=write,
     )
-    if write is not None:
-        commands.tune.write_config(report, write)
     if json:
         print_json(
             {
@@ -54,10 +52,12 @@ def tune(
                 "flags": report.flags,
             }
         )
-        return
-    rows, conclusion = commands.tune.describe(report)
-    header = ("try", "tokens/s", "GB", "")
-    print_table(header, rows, right=header[1:3])
-    typer.echo(f"\n{conclusion}")
-    if write is not None:
-        typer.echo(f"written to {write}")
+    else:
+        rows, conclusion = commands.tune.describe(report)
+        header = ("try", "tokens/s", "GB", "")
+        print_table(header, rows, right=header[1:3])
+        typer.echo(f"\n{conclusion}")
+    if write is not None:  # what took minutes is told first
+        commands.tune.write_config(report, write)
+        if not json:
+            typer.echo(f"written to {write}")

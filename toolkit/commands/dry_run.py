@@ -17,19 +17,20 @@ from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
+from toolkit.distributed.tuning import threads_asked_for
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.evaluate.tasks.names import check_names
 from toolkit.experiment.checks import (
     batches_of,
     check_corpus,
     check_experiment,
-    check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     layout_for,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
+from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.launch.capacity import capacity_here
@@ -89,6 +90,7 @@ def check(
     sound = not found.errors
     corpus = None
     if not elsewhere:
+        found.ask(threads_asked_for, environ, config.trainer.num_threads)
         corpus = found.ask(read_corpus, config.data)
         found.ask(check_data_files, config)
         found.ask(check_run_folder, config.run, "<time>")
@@ -281,7 +283,9 @@ def _writes(config: ExperimentConfig) -> list[str]:
 
 def _problems_here(config: ExperimentConfig, layout: Layout) -> list[str]:
     """What this machine's device cannot do: the one that will train may be another."""
-    if config.train_module.float8_config is None and not config.trainer.callbacks.profiler.enabled:
+    module, profiler = config.train_module, config.trainer.callbacks.profiler
+    asks_kernel = module.attention_backend != "auto"
+    if module.float8_config is None and not asks_kernel and not profiler.enabled:
         return []
     # It needs torch, for which nobody else waits.
     from toolkit.experiment.device_checks import check_device

@@ -13,9 +13,9 @@ other is changed, and kept where it is faster by more than noise:
 What a plan says needs more memory than there is, is not tried.
 """
 
+import contextlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from toolkit import signals
 from toolkit.autotune.question import MEASURE, can_compile
 from toolkit.commands.plan.devices import CPU, DEVICES, find_device
 from toolkit.commands.plan.plans import Target, divisors, job_of, plan_of
@@ -31,16 +32,18 @@ from toolkit.commands.tune_worker import RESULT, Result, Trial
 from toolkit.config.check import check
 from toolkit.distributed.launcher import has_launcher
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.tuning import asked_threads, cores_here
-from toolkit.errors import ConfigError, RunError, ToolkitError, TrainingError
+from toolkit.distributed.tuning import asked_threads, threads_asked_for
+from toolkit.errors import EXIT_DONE, ConfigError, RunError, ToolkitError, TrainingError
 from toolkit.experiment.checks import check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
 from toolkit.launch.capacity import capacity_here, check_processes, free_memory
+from toolkit.launch.workers import Workers, worker_environments
 from toolkit.models.config import ModuleConfig
 from toolkit.models.shapes import loss_chunk_rows
-from toolkit.storage.atomic import write_atomic
+from toolkit.storage.atomic import create_atomic, why_not_creatable
 from toolkit.storage.foreign import read_json
+from toolkit.threads import cores_here
 from toolkit.wording import count
 
 FASTER = 1.03
@@ -51,6 +54,8 @@ _LIMIT = 1.1
 """Of a GPU's memory, up to which a plan is tried: plans are a few percent off, and a try that runs
 out of memory does no harm there."""
 _MOST_SIZES = 5
+_SECONDS_TO_END = 5.0
+"""How long a try that is asked to stop has: it has nothing to save."""
 MICROBATCH, AC, COMPILE = (
     "train_module.rank_microbatch_size",
     "train_module.ac_config",
@@ -111,8 +116,8 @@ def tune(
     """Try the settings of `loaded` with `steps` counted steps each on `processes` processes; `say`
     hears of each try. `write`: the file that `write_config` will make.
 
-    Raises ConfigError: the config does not train here, or `write` exists; TrainingError: no try
-    worked.
+    Raises ConfigError: the config does not train here, or `write` exists or cannot be written;
+    TrainingError: no try worked.
     """
     config, environ = loaded.config, os.environ
     if has_launcher(environ):
@@ -122,9 +127,8 @@ def tune(
             raise ConfigError(f"{name} {number}: give 1 or more")
     if isinstance(config.model, ModuleConfig):
         raise ConfigError("tune is for language models", key="model.type")
-    if write is not None and (write.exists() or not write.absolute().parent.is_dir()):
-        what = "exists; give another name" if write.exists() else "its folder does not exist"
-        raise ConfigError(f"--write {write}: {what}")
+    if write is not None and (problem := why_not_creatable(write)) is not None:
+        raise ConfigError(f"--write {write}: {problem}; give another name")
     check_processes(processes)
     search = _Search(loaded, steps, processes, say)
     search.run()
@@ -155,8 +159,10 @@ def describe(report: Report) -> tuple[list[list[str]], str]:
 
 
 def write_config(report: Report, file: Path) -> None:
-    """Write the config with the best values, for `toolkit train FILE`."""
-    write_atomic(file, report.config.to_json() + b"\n")
+    """Write the config with the best values, for `toolkit train FILE`. Raises ConfigError: there is
+    such a file by now."""
+    if not create_atomic(file, report.config.to_json() + b"\n"):
+        raise ConfigError(f"--write {file}: exists by now, and was not replaced")
 
 
 class _Search:
@@ -169,6 +175,7 @@ class _Search:
         self.environ = _environ()
         self.layout = layout_for(self.config, {**os.environ, "WORLD_SIZE": str(processes)})
         check_experiment(self.config, self.layout.batch_ranks, layout=self.layout)
+        threads_asked_for(os.environ, self.config.trainer.num_threads)
         self.machine = _machine(processes)
         self.attempts: list[Attempt] = []
         self.best: Attempt | None = None
@@ -324,20 +331,28 @@ def _run(
     environ: Mapping[str, str],
 ) -> Result:
     memory = machine.memory if machine.device == CPU else None
-    trial = Trial(config=config.to_dict(), steps=steps, processes=processes, memory=memory)
+    trial = Trial(config=config.to_dict(), steps=steps, memory=memory, parent=os.getpid())
     with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as name:
         folder = Path(name)
         (folder / "try.json").write_bytes(msgspec.json.encode(trial))
         command = [sys.executable, "-m", "toolkit.commands.tune_worker", str(folder / "try.json")]
+        environments = [environ]
+        if processes > 1:
+            environments = [*worker_environments(environ, processes, folder)]
         with (folder / "errors").open("w+b") as errors:
-            code = subprocess.run(
-                command, env=environ, stdout=errors, stderr=errors, check=False
-            ).returncode
+            with contextlib.ExitStack() as stack:
+                with signals.holding_back():
+                    workers = Workers(command, environments, output=errors)
+                    stack.enter_context(signals.listening(workers))
+                failed = workers.wait(_SECONDS_TO_END)
+            if workers.reason is not None:
+                raise signals.Interrupted(workers.reason)
             errors.seek(0)
             lines = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
         try:
             return read_json(folder / RESULT, RunError, Result)
         except FileNotFoundError:
+            code = EXIT_DONE if failed is None else failed.code
             if code == -signal.SIGKILL:
                 return Result(failed="killed: out of memory?")
             return Result(failed=lines[-1] if lines else f"ended with code {code}")

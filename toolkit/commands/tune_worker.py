@@ -1,5 +1,5 @@
 """One try of `toolkit tune`: real optimizer steps of a config, on random tokens, in a process of
-its own. Nothing is written but the result.
+its own, or one of several ranks. Nothing is written but the result.
 
     python -m toolkit.commands.tune_worker TRY.json
 
@@ -7,6 +7,7 @@ its own. Nothing is written but the result.
 """
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -16,10 +17,9 @@ from typing import Any
 import msgspec
 
 from toolkit.config.check import check
-from toolkit.distributed.launcher import world_size_of
 from toolkit.errors import EXIT_DONE, EXIT_FAILED, RunError
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.launch.workers import launch
+from toolkit.parents import end_with_parent
 from toolkit.storage.atomic import write_json_atomic
 from toolkit.storage.foreign import read_json, reason_of
 
@@ -34,9 +34,10 @@ class Trial(msgspec.Struct, kw_only=True):
 
     config: dict[str, Any]
     steps: int
-    processes: int = 1
     memory: int | None = None
     """Bytes that it may take on a CPU; None: no limit."""
+    parent: int | None = None
+    """The process without which it ends."""
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -52,13 +53,10 @@ class Result(msgspec.Struct, kw_only=True):
 
 def main() -> int:
     """The only argument is the file of the `Trial`."""
-    import os
-
     file = Path(sys.argv[1])
     trial = read_json(file, RunError, Trial)
-    if trial.processes > 1 and world_size_of(os.environ) == 1:
-        command = [sys.executable, "-m", "toolkit.commands.tune_worker", str(file)]
-        return launch(command, trial.processes, verb="tune", folder=file.parent)
+    if trial.parent is not None:
+        end_with_parent(trial.parent)  # a killed one asks nobody to stop
     try:
         result = _run(trial)
     except (RuntimeError, MemoryError) as error:

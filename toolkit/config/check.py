@@ -182,7 +182,9 @@ def _problem(data: Any, target: Any) -> str | None:
 def _mismatch(data: Any, target: Any) -> str:
     literals = [t for t in alternatives(target) if isinstance(t, inspect.LiteralType)]
     if literals and isinstance(data, str):
-        return _not_one_of(data, [v for t in literals for v in t.values])
+        switch = any(isinstance(t, inspect.BoolType) for t in alternatives(target))
+        known = [v for t in literals for v in t.values]
+        return _not_one_of(data, [*known, "true", "false"] if switch else known)
     given = "null" if data is None else str(data).lower() if isinstance(data, bool) else shown(data)
     hint = ""
     if isinstance(data, str) and describe(target) == "a list" and len(data) < 100:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from toolkit import signals
 from toolkit.distributed.ranks import LAUNCH_FOLDER, STORE_FD, STORE_FILE, loopback_interface
@@ -116,7 +116,8 @@ def launch(
 
 class Workers(signals.Receiver):
     """The processes of one run on this machine, one for each of `environments`, by local rank.
-    Signals are passed on to them."""
+    Signals are passed on to them. What they write goes to `output`; default: where this process
+    writes."""
 
     relays = True  # the workers end at once, and this process with them
 
@@ -125,6 +126,8 @@ class Workers(signals.Receiver):
         command: Sequence[str],
         environments: Sequence[Mapping[str, str]],
         meeting: Meeting | None = None,
+        *,
+        output: IO[bytes] | None = None,
     ) -> None:
         self.reason: str | None = None
         """The first request to stop."""
@@ -138,6 +141,8 @@ class Workers(signals.Receiver):
                     command,
                     env=environ,
                     stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
                     start_new_session=True,
                     pass_fds=[int(environ[STORE_FD])] if STORE_FD in environ else (),
                 )

@@ -70,8 +70,18 @@ _SESSION_START = b"\x3a\x02\x08\x01"  # session_log {status: START}
 
 
 def _event(wall_time: float, step: int, rest: bytes) -> bytes:
-    place = b"\x10" + _varint(step) if step else b""
-    return b"".join((b"\x09", _DOUBLE.pack(wall_time), place, rest))
+    # An int64: a negative one is its two's complement.
+    number = min(max(int(step), -(2**63)), 2**63 - 1) % 2**64
+    place = b"\x10" + _varint(number) if number else b""
+    return b"".join((b"\x09", _packed(_DOUBLE, wall_time), place, rest))
+
+
+def _packed(kind: struct.Struct, value: float) -> bytes:
+    """What is too large for a float is infinite."""
+    try:
+        return kind.pack(value)
+    except (OverflowError, struct.error):  # the latter of an int
+        return kind.pack(math.inf if value > 0 else -math.inf)
 
 
 def _event_of(record: Record) -> bytes:
@@ -81,10 +91,7 @@ def _event_of(record: Record) -> bytes:
     for key, value in record.items():
         if isinstance(value, float | int) and key not in ("step", "time"):
             parts.append(_head_of_value(prefix + key))
-            try:
-                parts.append(_FLOAT.pack(value))
-            except OverflowError:
-                parts.append(_FLOAT.pack(math.copysign(math.inf, value)))
+            parts.append(_packed(_FLOAT, value))
     summary = b"".join(parts)
     when = record.get("time") or time.time()
     return _event(when, record["step"], b"\x2a" + _varint(len(summary)) + summary)
@@ -93,7 +100,7 @@ def _event_of(record: Record) -> bytes:
 @functools.lru_cache(maxsize=1 << 16)
 def _head_of_value(tag: str) -> bytes:
     """All of a value in a summary but the four bytes of its number."""
-    text = tag.encode()
+    text = tag.encode(errors="replace")  # half a pair of UTF-16 is no text
     value = b"\x0a" + _varint(len(text)) + text + b"\x15"
     return b"\x0a" + _varint(len(value) + _FLOAT.size) + value
 

@@ -75,12 +75,16 @@ def encode_json(obj: Any) -> bytes:
 
 
 def create_json(path: PathLike, obj: Any) -> bool:
-    """`write_json_atomic` that never replaces: False when `path` exists, whoever came first.
+    """`create_atomic` of `obj` as indented JSON (anything msgspec encodes)."""
+    return create_atomic(path, encode_json(obj))
+
+
+def create_atomic(path: PathLike, data: bytes) -> bool:
+    """`write_atomic` that never replaces: False when `path` exists, whoever came first.
 
     Atomic on network file systems too (a hard link); where there are no links, a file opened
     exclusively, whose content comes a moment later.
     """
-    data = encode_json(obj)
     temporary = temporary_path(path)
     try:
         with temporary.open("xb") as file:
@@ -104,6 +108,22 @@ def create_json(path: PathLike, obj: Any) -> bool:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def why_not_creatable(path: PathLike) -> str | None:
+    """Why `create_atomic` would not make `path`; None: it would. One is made beside it and
+    removed: permissions alone do not tell."""
+    if os.path.lexists(path):
+        return "exists"
+    if not Path(path).absolute().parent.is_dir():
+        return "its folder does not exist"
+    try:
+        probe = temporary_path(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return None
 
 
 def _name_file(error: BaseException, path: PathLike) -> None:

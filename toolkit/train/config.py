@@ -242,7 +242,8 @@ class TrainerConfig(Config, kw_only=True):
     rank writes its log file."""
     num_threads: int | None = None
     """CPU threads of each process. Null: its share of the machine's cores, or fewer where that is
-    faster, measured. The environment variable TOOLKIT_NUM_THREADS wins."""
+    faster, measured. At most 4 for each core of the machine. The environment variable
+    TOOLKIT_NUM_THREADS wins."""
     deterministic: bool = False
     """Bit-equal runs on the same machine: torch's deterministic algorithms (CPU runs are so
     without it)."""
