@@ -33,11 +33,11 @@ TREE = Path(__file__).resolve().parents[1]
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "step_speed": ("--only", "toolkit", "--rounds", "2", "--steps", "3"),
     "loop_overhead": ("--only", "bare,toolkit", "--rounds", "3"),
-    "first_step": ("--rounds", "2"),
+    "first_step": ("--rounds", "2", "--only", "toolkit"),
     "cli_startup": ("--repeats", "5"),
-    "prepare": ("--only", "toolkit", "--megabytes", "25", "--rounds", "1"),
-    "loader": ("--rounds", "3"),
-    "checkpoint_speed": ("--only", "plain,toolkit", "--rounds", "3"),
+    "prepare": ("--only", "toolkit", "--megabytes", "25", "--repeats", "1"),
+    "loader": ("--only", "kinds", "--tokens", "20e6"),
+    "checkpoint_speed": ("--only", "compare", "--rounds", "3"),
 }
 """Program -> arguments that make it short."""
 

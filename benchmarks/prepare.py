@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--only", help="comma-separated contestants: bare, toolkit, nanogpt, olmo")
     parser.add_argument("--formats", action="store_true", help="the table of formats instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help=argparse.SUPPRESS)
@@ -75,7 +76,8 @@ def main() -> None:
             texts = list(read_corpus(corpus))
             figures = compare_formats(texts, Path(temporary) / "formats", corpus / "tokenizer")
         else:
-            figures = run(folder, Path(temporary), num_bytes, arguments.repeats)
+            only = arguments.only.split(",") if arguments.only else None
+            figures = run(folder, Path(temporary), num_bytes, arguments.repeats, only)
         write_json(arguments.json, figures)
 
 
@@ -97,7 +99,9 @@ def corpora(console: Console, folder: Path, num_bytes: int) -> tuple[Path, Path]
     return large, small
 
 
-def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> list[Figure]:
+def run(
+    folder: Path, temporary: Path, num_bytes: int, repeats: int, only: list[str] | None
+) -> list[Figure]:
     console = Console(width=120)
     large, small = corpora(console, folder, num_bytes)
     names = ["bare", "toolkit", "olmo"]
@@ -107,6 +111,8 @@ def run(folder: Path, temporary: Path, num_bytes: int, repeats: int) -> list[Fig
         names.insert(2, "nanogpt")
     except ImportError:
         console.print("tiktoken is not installed: nanoGPT's way is left out")
+    if only is not None:
+        names = [name for name in names if name in {"toolkit", *only}]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names:
@@ -137,20 +143,22 @@ def report(console: Console, results: dict[str, list[dict[str, Any]]], corpus: P
     medians = {n: statistics.median(r["seconds"] for r in rs) for n, rs in results.items()}
     table = Table(
         title=f"{num_bytes / 1e6:.0f} MB of text, {VOCAB_SIZE:,} ids, {cores} cores, "
-        f"{len(results['bare'])} turns"
+        f"{len(results['toolkit'])} turns"
     )
     columns = ["", "seconds (median)", "tokens", "MB/s", "of bare", "peak MB"]
     for column in (*columns, "toolkit: times as fast"):
         table.add_column(column, justify="right")
     for name, found in results.items():
         seconds = medians[name]
-        ratios = [b["seconds"] / r["seconds"] for b, r in zip(results["bare"], found, strict=True)]
+        bare = results.get("bare", found)
+        ratios = [b["seconds"] / r["seconds"] for b, r in zip(bare, found, strict=True)]
+        share = f"{statistics.median(ratios):.0%} ({min(ratios):.0%}-{max(ratios):.0%})"
         table.add_row(
             name,
             f"{seconds:.2f}",
             f"{found[0]['num_tokens']:,}",
             f"{num_bytes / seconds / 1e6:.2f}",
-            f"{statistics.median(ratios):.0%} ({min(ratios):.0%}-{max(ratios):.0%})",
+            share if "bare" in results else "",
             f"{max(result['peak_bytes'] for result in found) / 1e6:.0f}",
             f"{seconds / medians['toolkit']:.2f}x",
         )

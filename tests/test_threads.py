@@ -87,8 +87,10 @@ def test_a_background_save_writes_on_the_ranks_own_device(
     seen = []
     monkeypatch.setattr(checkpointer, "begin_save", lambda *_, **__: None)
     saver: Any = checkpointer.Checkpointer(CheckpointerConfig())
-    saver.state = SimpleNamespace(step=1, state_tensors=dict)
-    saver._shards = SimpleNamespace(copy=lambda tensors: None)
+    saver.state = SimpleNamespace(step=1, state_tensors=dict, has_own_parts=True)
+    saver.state.train_module, saver.state.also_evaluated = SimpleNamespace(averages=None), ()
+    copy = SimpleNamespace(finish=lambda: None)
+    saver._shards = SimpleNamespace(copy=lambda tensors, **_: copy)
     monkeypatch.setattr(saver, "_write", lambda *_: seen.append(cuda.current_device()))
     saver._save("permanent", in_background=True)
     saver._wait()

@@ -1,10 +1,11 @@
-"""Threads that use the same GPU as the thread that starts them.
+"""Threads that use the same GPU as the thread that starts them, and cores for threads.
 
 CUDA's current device belongs to a thread, and a new thread's is GPU 0: whatever it allocates, pins
 or waits for there opens a context of half a gigabyte, for each process of the machine. So every
 thread and pool of this package is one of these. torch is not imported for it.
 """
 
+import os
 import queue
 import sys
 import threading
@@ -78,3 +79,10 @@ def same_device() -> Callable[[], None]:
         return lambda: None
     device = torch.cuda.current_device()
     return lambda: torch.cuda.set_device(device)
+
+
+def cores_here() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from toolkit.autotune import cache
@@ -32,6 +33,13 @@ def test_the_first_measurement_stays() -> None:
     assert cache.find_or_measure({**KEY, "device": "cuda"}, lambda: FP32, notices) == FP32
     assert cache.find(KEY) == BF16
     assert notices == []
+
+
+def test_what_does_not_last_is_for_its_own_start_alone() -> None:
+    busy = msgspec.structs.replace(FP32, lasts=False)
+    assert cache.find_or_measure(KEY, lambda: busy, []) == busy
+    assert cache.find(KEY) is None
+    assert cache.find_or_measure(KEY, lambda: BF16, []) == BF16
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What follows from timings, and which products a microbatch has."""
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -9,7 +9,7 @@ from tests.tiny import tiny_model
 from toolkit.autotune import choose as choosing
 from toolkit.autotune.choices import Choices, Timings, fastest, pays_to_compile
 from toolkit.autotune.choose import choose, decide, describe, recorded_for, unmeasured
-from toolkit.autotune.question import ASPECTS, Product, Question, work_of
+from toolkit.autotune.question import Aspect, Product, Question, work_of
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.shapes import flops_per_token
 
@@ -20,7 +20,7 @@ FP32 = Timings(precision={"fp32": 0.1, "bf16": 0.3})
 def question(**changes: Any) -> Question:
     work = work_of(tiny_model(), tokens=64, length=16)
     settings: dict[str, Any] = {
-        "asks": frozenset(ASPECTS) - {"attention"},
+        "asks": frozenset(get_args(Aspect)) - {"attention"},
         "device": "cpu",
         "name": "a CPU",
         "torch": "2",
@@ -54,7 +54,9 @@ def test_choices_follow_from_timings_alone() -> None:
     gpu = question(device="cuda", asks=frozenset({"precision", "attention"}))
     attention = Timings(attention={"flash": 2.0, "cudnn": 1.0})
     assert decide(gpu, attention, "bf16") == Choices(precision="bf16", attention="cudnn")
-    assert unmeasured(gpu, "bf16") == Choices(precision="bf16", attention="flash")
+    # Which kernel comes first then is for `attention_order` to say.
+    assert unmeasured(gpu, "bf16") == Choices(precision="bf16")
+    assert decide(gpu, Timings(attention={"cudnn": 1.0}), "bf16").attention is None
 
 
 def test_compiling_has_to_win_back_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +99,36 @@ def test_what_is_asked_anew_is_measured_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recorded = Choices(precision="fp32", threads=2)
     answer = choose(
-        question(), lambda: BF16, fixed="fp32", recorded=recorded, anew=frozenset({"precision"})
+        question(),
+        lambda part: BF16,
+        fixed="fp32",
+        recorded=recorded,
+        anew=frozenset({"precision"}),
     )
     assert (answer.choices.precision, answer.choices.threads) == ("bf16", 2)
     assert answer.notices == ("precision bf16 (measured 2.0x of fp32 on this CPU)",)
+
+
+def test_compiling_is_decided_anew_by_the_precision_that_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choosing, "can_compile", lambda: True)
+    measured: list[Question] = []
+
+    def measure(part: Question) -> Timings:
+        measured.append(part)
+        return Timings(precision={part.precision: 0.1})
+
+    answer = choose(
+        question(steps=100_000, passes=4),
+        measure,
+        fixed="fp32",
+        recorded=Choices(precision="bf16", compile_model=True),
+        anew=frozenset({"compile_model"}),
+    )
+    assert answer.choices == Choices(precision="bf16", compile_model=True)
+    assert [(part.asks, part.precision) for part in measured] == [({"compile_model"}, "bf16")]
 
 
 @pytest.mark.parametrize("sparse", [False, True])

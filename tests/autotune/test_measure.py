@@ -9,7 +9,7 @@ import torch
 from tests.autotune.test_choices import question
 from toolkit.autotune import measure as measuring
 from toolkit.autotune.choices import Timings
-from toolkit.autotune.question import work_of
+from toolkit.autotune.question import Question, work_of
 from toolkit.models.config import TransformerConfig
 
 
@@ -37,10 +37,19 @@ def test_a_model_of_any_size_is_measured_in_a_moment() -> None:
 
 
 def test_emulated_bf16_is_not_looked_at_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[torch.dtype] = []
+
+    def pieces(asked: Question, dtype: torch.dtype, budget: float) -> list[measuring._Piece]:
+        kinds.append(dtype)
+        return [measuring._Piece(lambda: None, 1.0)]
+
     monkeypatch.setattr(measuring, "_pilot", lambda: (1e11, 0.1))
-    monkeypatch.setattr(measuring, "_pieces", None)  # nothing else is measured
-    timings = measuring.measure(question(), torch.device("cpu"))
+    monkeypatch.setattr(measuring, "_pieces", pieces)
+    monkeypatch.setattr(measuring, "_is_busy", lambda: False)
+    timings = measuring.measure(question(threads=2), torch.device("cpu"))
     assert timings.precision["bf16"] == pytest.approx(10 * timings.precision["fp32"])
+    assert kinds == [torch.float32]
+    assert set(timings.threads) == {1, 2}  # they were asked for all the same
 
 
 def test_threads_are_halved_while_that_is_no_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,12 +60,16 @@ def test_threads_are_halved_while_that_is_no_slower(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measuring, "_seconds", lambda run: seconds[current[0]])
     pieces = [measuring._Piece(lambda: None, 1.0)]
     assert measuring._fewer_threads(8, pieces, time.perf_counter() + 60) == seconds
+    assert set(measuring._fewer_threads(8, pieces, 0.0)) == {8, 4}  # late, not without an answer
 
 
-def test_a_busy_machine_compares_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_compares_no_threads_and_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(measuring, "_is_busy", lambda: True)
     timings = measuring.measure(question(threads=2), torch.device("cpu"))
     assert timings.threads == {}
+    assert not timings.lasts
 
 
 def test_gpus_measure_nothing_but_attention() -> None:

@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from toolkit.autotune.choices import Choices
 from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.commands.receipt import BIT_FOR_BIT, compare, relative_difference
 from toolkit.commands.replay import plan_replay, replay_config, replay_steps
@@ -22,6 +24,7 @@ from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.recorded import metadata_of_attempt
 from toolkit.experiment.training import describe_engine
+from toolkit.launch.capacity import Capacity
 from toolkit.launch.plan import LaunchPlan
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.manager import RunManager
@@ -176,6 +179,20 @@ def test_a_replay_writes_nothing_but_its_own_steps(run: Path, tmp_path: Path) ->
     assert module.dp_config.name == "fsdp"
     alone = replay_config(plan, "x", {"WORLD_SIZE": "1"}).train_module
     assert alone.dp_config is None
+
+
+def test_a_replay_takes_the_recorded_kernel_of_attention_where_there_are_gpus(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_replay(run, 2, 10)
+    assert plan.engine is not None
+    record = msgspec.structs.replace(plan.engine, chosen=Choices(attention="cudnn"))
+    plan = plan._replace(engine=record)
+    for gpus, expected in ((2, "cudnn"), (0, "auto")):
+        capacity = Capacity(2, "", gpus)
+        monkeypatch.setattr("toolkit.commands.replay.capacity_here", lambda _, c=capacity: c)
+        module = replay_config(plan, "x", {"WORLD_SIZE": "2"}).train_module
+        assert module.attention_backend == expected
 
 
 def compared(run: Path, tmp_path: Path, losses: list[Any], now: Layout | None = None) -> Any:

@@ -3,9 +3,11 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import build, module_config, tiny_model
 from toolkit.autotune import cache
@@ -14,6 +16,7 @@ from toolkit.autotune.question import MEASURE
 from toolkit.commands.dry_run import summarize
 from toolkit.commands.train import resume, train
 from toolkit.distributed import choosing
+from toolkit.distributed import environment as environments
 from toolkit.distributed.choosing import may_compile, question_of, recorded_choices
 from toolkit.distributed.environment import prepare_training_environment, single_environment
 from toolkit.distributed.layout import layout_of
@@ -22,6 +25,8 @@ from toolkit.errors import EXIT_DONE
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.recorded import engine_of
+from toolkit.models import sdpa
+from toolkit.models.kernels import Hardware
 from toolkit.runs.registry import start_run
 from toolkit.runs.status import read_status
 from toolkit.testing import WorkerPool, assert_same_training, tiny_experiment
@@ -129,6 +134,20 @@ def test_auto_that_is_asked_for_again_is_measured_again(tmp_path: Path) -> None:
     assert engine.chosen.precision == engine.precision == "fp32"
 
 
+def test_a_run_that_is_started_again_by_its_command_keeps_its_choices(tmp_path: Path) -> None:
+    """As after a preemption, with `--train_module.precision=auto` on the command line."""
+    config = tiny_experiment(tmp_path, trainer=STEPS)
+    config = config.replace(run=config.run.replace(save_folder=str(tmp_path / "run")))
+    for timings, stop in ((BF16, 1), (FP32, 2)):
+        keep(config, timings)
+        hard_stop = type(config.trainer.max_duration)(value=stop)
+        part = config.replace(trainer=config.trainer.replace(hard_stop=hard_stop))
+        origins = {"train_module.precision": "--train_module.precision=auto"}
+        assert train(part, origins=origins) == EXIT_DONE
+    assert (engine := engine_of(tmp_path / "run", 2)) is not None
+    assert engine.precision == "bf16"
+
+
 @pytest.mark.parametrize("how", ["config", "launcher", "variable", "model"])
 def test_what_is_said_is_not_measured(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +233,83 @@ def test_a_measurement_that_fails_is_said_and_leaves_the_fixed_choice(
     environment = prepare_training_environment(tiny_experiment(tmp_path))
     assert environment.layout.precision == "fp32"
     assert environment.layout.notices == ("auto could not measure: could not create a primitive",)
+
+
+def test_an_error_while_choosing_keeps_what_was_recorded_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks wait for rank 0's answer, whatever is wrong there."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("auto")
+
+    config = tiny_experiment(tmp_path)
+    monkeypatch.setattr("toolkit.autotune.measure.measure", fail)
+    environment = prepare_training_environment(config)
+    assert environment.choices == Choices(precision="fp32")
+    assert environment.layout.notices == ("auto could not measure: 'auto' is missing",)
+
+    run = start_run("a", "b", save_folder=str(tmp_path / "run"))
+    run.set_status("running", chosen={"precision": "bf16"})
+    anew: Any = frozenset({"compile_model"})
+    environment = prepare_training_environment(config, run_dir=run.folder, anew=anew)
+    assert environment.layout.precision == "bf16"
+    run.close("stopped")
+
+
+@pytest.mark.parametrize("section", ["dataset", "data_loader", "trainer"])
+def test_a_script_without_a_section_chooses_nothing(section: str, tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path)
+    sections = ("model", "train_module", "trainer", "dataset", "data_loader", "data")
+    part = SimpleNamespace(**{n: getattr(config, n) for n in sections if n != section})
+    layout = layout_of(config.train_module, {})
+    assert question_of(part, layout, device="cpu", name="a CPU") is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "is_asked"),
+    [("auto", (9, 0), True), ("efficient", (9, 0), False), ("auto", (12, 0), False)],
+)
+def test_attention_is_measured_only_where_the_answer_counts(
+    backend: Any,
+    capability: tuple[int, int],
+    is_asked: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(sdpa, "hardware_of", lambda *_: Hardware("cuda", capability))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_500)
+    monkeypatch.setattr(choosing, "choose", lambda question, *_, **__: asked.append(question))
+    config = tiny_experiment(tmp_path, train_module={"attention_backend": backend})
+    layout = layout_of(config.train_module, {})
+    gpu = torch.device("cuda", 0)
+    choosing.answer_of(config, layout, gpu, fixed="bf16", name="a GPU")
+    assert ("attention" in asked[0].asks) is is_asked
+
+
+def compiles_in(folder: Path, run_dir: Path) -> tuple[Choices, tuple]:
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    can_compile = environments.can_compile
+    environments.can_compile = lambda: os.environ["RANK"] == "0"
+    environment = prepare_training_environment(tiny_experiment(folder), run_dir=run_dir)
+    try:
+        return environment.choices, environment.layout.notices
+    finally:
+        environments.can_compile = can_compile
+        environment.close()
+
+
+def test_nothing_is_compiled_where_a_rank_has_no_compiler(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    run = start_run("a", "b", save_folder=str(tmp_path / "run"))
+    run.set_status("running", chosen={"precision": "fp32", "compile_model": True})
+    first, second = workers.run(2, compiles_in, tmp_path, run.folder)
+    assert first == second
+    assert first[0] == Choices(precision="fp32", compile_model=False)
+    assert "not compiled: no C++ compiler" in first[1][-1]
+    run.close("stopped")
 
 
 def test_a_dry_run_tells_what_is_known_and_measures_nothing(

@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from tests.tiny import module_config, open_environment
 from toolkit.commands.models import pick_device as pick_by_name
-from toolkit.distributed import devices, environment, process_groups
+from toolkit.distributed import devices, environment, process_groups, tuning
 from toolkit.distributed.devices import pick_device, unused_gpus, usable_gpus
+from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_defaults
+from toolkit.distributed.tuning import keep_compiled_code, set_defaults
 from toolkit.errors import ConfigError
 from toolkit.experiment.resuming import processes_here
 from toolkit.launch import capacity
@@ -248,19 +249,44 @@ def test_the_allocator_grows_blocks_and_threads_spin_shortly_unless_somebody_say
 ) -> None:
     environ = dict(before)
     set_defaults(environ)
-    environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     assert environ == {"GOMP_SPINCOUNT": "1000", **after, **before}
 
 
 def test_compiled_code_is_kept_in_the_users_cache_where_there_is_one(tmp_path: Path) -> None:
     for said, kept in (
         ({"XDG_CACHE_HOME": f"{tmp_path}/new"}, f"{tmp_path}/new/toolkit/compiled"),
-        ({"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "mine"}, "mine"),
+        ({"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "its/own"}, "its"),
         ({"XDG_CACHE_HOME": "relative"}, None),
     ):
-        environ = dict(said)
-        set_defaults(environ)
-        assert environ.get("TORCHINDUCTOR_CACHE_DIR") == kept
+        found = compiled_code(said)
+        assert (found and os.path.dirname(found)) == kept
+
+
+def compiled_code(environ: dict[str, str]) -> str | None:
+    environ = dict(environ)
+    keep_compiled_code(environ)
+    return environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_code_compiled_for_another_cpu_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    here = compiled_code(environ)
+    assert compiled_code(environ) == here
+    monkeypatch.setattr(tuning, "cpu_details", lambda: "an older one")
+    assert compiled_code(environ) != here
+
+
+def test_a_home_that_one_may_not_look_into_is_no_place_for_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stat(path: Any, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "stat", stat)  # as root's may be looked into by root
+    assert compiled_code({"XDG_CACHE_HOME": "/root/.cache"}) is None
 
 
 def test_the_command_line_sets_it_before_torch_is_there() -> None:
@@ -278,6 +304,23 @@ def test_the_command_line_sets_it_before_torch_is_there() -> None:
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False expandable_segments:True\n"
+
+
+def test_rank_0_says_what_precision_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(_: Any, own: Any) -> Any:
+        """What rank 0 has sent, whose device is faster at bf16."""
+        return own[0], "bf16"
+
+    monkeypatch.setattr(environment.TrainingEnvironment, "broadcast", said)
+    here = environment.TrainingEnvironment(
+        rank=1,
+        local_rank=0,
+        device=torch.device("cpu"),
+        layout=resolve_layout("auto", None, {}),
+        seed=0,
+    )
+    found = environment._with_choices(here, None, 1, None, frozenset())
+    assert found.layout.precision == "bf16"
 
 
 def test_what_resuming_promises_is_said_where_it_is_less() -> None:

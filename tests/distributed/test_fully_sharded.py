@@ -58,6 +58,12 @@ def told(asked: Any, ep: int, memory: int | None) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
+def test_the_smallest_device_decides_for_all_ranks() -> None:
+    environment: Any = mock.Mock(gather=lambda own: [own, 8 << 30])
+    with mock.patch.object(fully_sharded, "device_memory", return_value=16 << 30):
+        assert fully_sharded._least_memory(environment) == 8 << 30
+
+
 @pytest.mark.parametrize(
     ("asked", "memory", "freed", "said"),
     [

@@ -15,8 +15,9 @@ AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
 @pytest.fixture(autouse=True)
 def _restored():
     before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     yield
+    torch.set_float32_matmul_precision("highest")
     matmul.fp32_precision = before
 
 
@@ -41,6 +42,30 @@ def test_products_that_round_operands_are_not_taken(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     take_fast_products()
     assert matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm", "linear", "tall"])
+def test_each_kind_of_product_is_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    place: Any = torch.nn.functional if name == "linear" else torch
+    function = "mm" if name == "tall" else name
+    true = getattr(place, function)
+
+    def rounding(*operands: torch.Tensor) -> torch.Tensor:
+        product = true(*operands)
+        return product.bfloat16().float() if name != "tall" or len(product) > 1000 else product
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
+    monkeypatch.setattr(place, function, rounding)
+    take_fast_products()
+    assert matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_libraries_may_still_ask_how_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
+    take_fast_products()
+    assert torch.get_float32_matmul_precision() in ("medium", "highest")
+    assert torch.backends.cuda.matmul.allow_tf32 in (True, False)
 
 
 def test_it_does_not_matter_who_has_set_another_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from toolkit.checkpoint.folder import METADATA_FILE, CheckpointMetadata, encode_metadata
 from toolkit.cli.main import run
-from toolkit.experiment.checks import check_experiment, check_load_path
+from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
+from toolkit.experiment.load_checks import check_load_path
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             monkeypatch.setenv(name, value)
         seen: list[tuple[Any, Any]] = []
 
-        def train(config: Any, *, origins: Any, stored: Any, data: Any) -> int:
+        def train(config: Any, *, origins: Any, stored: Any, data: Any, anew: Any) -> int:
             seen.append((config, stored))
             return 0
 

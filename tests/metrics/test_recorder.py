@@ -90,6 +90,28 @@ def test_a_flush_waits_for_no_other_block(collected):
     recorder.close()
 
 
+def test_what_follows_a_flush_sees_nothing_later():
+    delivered, may_deliver, is_busy = [], threading.Event(), threading.Event()
+
+    def deliver(_, records):
+        is_busy.set()
+        assert may_deliver.wait(20)
+        delivered.extend(record["step"] for record in records)
+
+    recorder = MetricsRecorder(collect_interval=1, deliver=deliver, least_seconds=1e-6)
+    recorder.record(1, {"x": 1})
+    assert is_busy.wait(20)
+    pending = []
+    for step in (2, 3):  # both before the thread comes to either
+        recorder.record(step, {"x": step})
+        pending.append(recorder.begin_flush(lambda: list(delivered)))
+    recorder.record(4, {"x": 4})
+    may_deliver.set()
+    assert [flush.wait() for flush in pending] == [[1, 2], [1, 2, 3]]
+    recorder.close()
+    assert delivered == [1, 2, 3, 4]
+
+
 def test_step_of_an_earlier_attempt_is_refused(collected):
     recorder = MetricsRecorder(collect_interval=4, deliver=collected, start_step=6)
     with pytest.raises(ValueError, match="train: step 6 was recorded before"):

@@ -8,7 +8,7 @@ import torch
 from toolkit.errors import ConfigError
 from toolkit.models import sdpa
 from toolkit.models.kernels import Hardware
-from toolkit.models.sdpa import attention_order, choose_attention
+from toolkit.models.sdpa import attention_order, choose_attention, takes_measured
 
 BF16, FP32 = torch.bfloat16, torch.float32
 A100, H100, B200 = (Hardware("cuda", capability) for capability in ((8, 0), (9, 0), (10, 0)))
@@ -56,6 +56,11 @@ def test_what_comes_first(changes, expected):
     found = order(**changes)
     assert found[0] == expected
     assert sorted(found) == sorted(TORCHS)
+    heeds = [order(**changes | {"measured": name})[0] for name in ("flash", "cudnn")]
+    facts = {"asked": "auto", "hardware": H100, "dtype": BF16, "head_dim": 128, "cudnn": 91_500}
+    facts = facts | {"is_deterministic": False} | changes
+    facts.pop("measured", None)
+    assert takes_measured(**facts) == (heeds == ["flash", "cudnn"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Timings in the user's cache folder: a file for each question, so that nobody waits for others.
 
-The first measurement of a question stays: two runs of one config on one machine choose the same,
-however busy it is. Of several that start at once one measures while the others wait a moment.
+The first measurement of a question stays: two runs of one config on one machine choose the same.
+One that was taken beside other programs is for its own start alone. Of several that start at once
+one measures while the others wait a moment.
 """
 
 import contextlib
@@ -63,8 +64,8 @@ def find(key: dict[str, Any], notices: list[str] | None = None) -> Timings | Non
 def find_or_measure(
     key: dict[str, Any], measure: Callable[[], Timings], notices: list[str]
 ) -> Timings:
-    """The timings of `key`, measured where there are none yet, and kept. What went wrong becomes at
-    most one of `notices`: this run goes on with its own measurement."""
+    """The timings of `key`, measured where there are none yet, and kept if they last. What went
+    wrong becomes at most one of `notices`: this run goes on with its own measurement."""
     found, known = find(key), None
     if found is not None:
         return found
@@ -76,7 +77,8 @@ def find_or_measure(
             if found is not None:
                 return found
             known = measure()
-            write_json_atomic(path, _Entry(key, known))
+            if known.lasts:
+                write_json_atomic(path, _Entry(key, known))
     except OSError as error:
         known = known or measure()
         del notices[:]

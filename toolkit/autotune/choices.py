@@ -43,6 +43,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     threads: dict[int, float] = {}
     attention: dict[str, float] = {}
     """Of attention alone."""
+    lasts: bool = True
+    """Whether they are kept: not what was measured beside other programs."""
 
 
 def fastest(seconds: Mapping[Key, float], default: Key, margin: float) -> Key:

@@ -26,33 +26,33 @@ class Answer(NamedTuple):
 
 def choose(
     question: Question,
-    measure: Callable[[], Timings],
+    measure: Callable[[Question], Timings],
     *,
     fixed: str,
     recorded: Choices | None = None,
     anew: frozenset[Aspect] = frozenset(),
-    looks: bool = True,
 ) -> Answer:
     """What `question` leaves open, from timings of this machine: from its cache, or `measure`d now.
 
     `fixed`: the precision where none is measured. With `recorded`, the choices of a run that goes
     on, nothing is measured but what is chosen `anew`: they stay, what they leave open is as without
-    measuring, and a notice says what this machine would choose instead (`looks`: in its cache).
+    measuring, and a notice says what this machine would choose instead, as far as its cache knows.
     """
     notices: list[str] = []
     if recorded is None:
         timings = Timings()
         if needs_timings(question):
-            timings = cache.find_or_measure(question.key, measure, notices)
+            timings = cache.find_or_measure(question.key, lambda: measure(question), notices)
         choices = decide(question, timings, fixed)
         return Answer(choices, (*notices, *_line(question, choices, timings)))
     kept = recorded_for(question, recorded, fixed)
     if again := question.asks & anew:
-        part = msgspec.structs.replace(question, asks=again)
+        known = question.precision if "precision" in again else kept.precision
+        part = msgspec.structs.replace(question, asks=again, precision=known or question.precision)
         answer = choose(part, measure, fixed=fixed)
         chosen = {name: getattr(answer.choices, name) for name in again}
         return Answer(msgspec.structs.replace(kept, **chosen), answer.notices)
-    if looks and kept.precision is not None and kept.precision == recorded.precision:
+    if kept.precision is not None and kept.precision == recorded.precision:
         notices += _other_here(question, kept, fixed)
     return Answer(kept, tuple(notices))
 
@@ -97,7 +97,7 @@ def decide(question: Question, timings: Timings, fixed: str) -> Choices:
         threads = fastest(timings.threads, question.threads, MARGINS["threads"])
         fewer = threads if threads != question.threads else None
         found = msgspec.structs.replace(found, threads=fewer)
-    if "attention" in asks:
+    if "attention" in asks and "flash" in timings.attention:
         kernel = fastest(timings.attention, "flash", MARGINS["attention"])
         found = msgspec.structs.replace(found, attention=kernel)
     if "compile_model" in asks:

@@ -27,7 +27,7 @@ _HOPELESS = 3.0
 """Times slower than fp32 at which bf16 is not looked at further: emulated in software."""
 _BUSY = 0.5
 """Runnable processes for each core (the load of the last minute) from which on threads are not
-compared: what is best beside other programs is not what is best without them."""
+compared, and nothing is kept: what is best beside other programs is not what is best without."""
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +42,7 @@ def measure(question: Question, device: torch.device) -> Timings:
     if device.type == "cpu":
         return _on_cpu(question)
     if device.type == "cuda" and "attention" in question.asks:
-        return Timings(attention=_attention_kernels(question.attention, device))
+        return _attention_kernels(question.attention, device)
     return Timings()
 
 
@@ -50,25 +50,26 @@ def _on_cpu(question: Question) -> Timings:
     started, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(question.threads)
     try:
-        asks = question.asks
+        asks, is_busy = question.asks, _is_busy()
+        if not asks & {"precision", "threads", "compile_model"}:
+            return Timings()
         speed, ratio = _pilot()
         kinds = ["fp32", "bf16"] if "precision" in asks else [question.precision]
-        if "precision" in asks and ratio * _HOPELESS < 1.0:
-            total = sum(_work(p) for p in (*question.products, question.head)) / speed
-            return Timings(precision={"fp32": total, "bf16": total / ratio})
-        needed = "precision" in asks or "threads" in asks or "compile_model" in asks
-        if not needed:
-            return Timings()
+        is_hopeless = "precision" in asks and ratio * _HOPELESS < 1.0
+        if is_hopeless:
+            kinds = ["fp32"]
         turns = len(kinds) * (len(question.products) + 2) * (_TURNS + 1)
         budget = 0.4 * SECONDS / turns * speed
         pieces = {kind: list(_pieces(question, _TYPES[kind], budget)) for kind in kinds}
         precision = _compare(pieces, started + 0.7 * SECONDS)
+        if is_hopeless:
+            precision["bf16"] = precision["fp32"] / ratio
         kind = fastest(precision, "fp32", MARGINS["precision"])
         kind = kind if len(kinds) > 1 else kinds[0]
         threads = {}
-        if "threads" in asks and not _is_busy():
+        if "threads" in asks and not is_busy:
             threads = _fewer_threads(question.threads, pieces[kind], started + SECONDS)
-        return Timings(precision=precision, threads=threads)
+        return Timings(precision=precision, threads=threads, lasts=not is_busy)
     finally:
         torch.set_num_threads(before)
 
@@ -114,7 +115,7 @@ def _fewer_threads(share: int, pieces: Sequence[_Piece], deadline: float) -> dic
     slower: hyperthreads, and limits of containers, make cores that are none."""
     found: dict[int, float] = {}
     threads = share
-    while threads > 1 and time.perf_counter() < deadline:
+    while threads > 1 and (not found or time.perf_counter() < deadline):
         numbers = (threads, threads // 2)
         best: dict[int, list[float]] = {number: [math.inf] * len(pieces) for number in numbers}
         for turn in range(_TURNS):
@@ -135,11 +136,6 @@ def _fewer_threads(share: int, pieces: Sequence[_Piece], deadline: float) -> dic
             break
         threads //= 2
     return found
-
-
-def _work(product: Product) -> float:
-    """FLOPs, forward and backward."""
-    return 6.0 * product.rows * product.inputs * product.outputs * product.count
 
 
 def _pieces(question: Question, dtype: torch.dtype, budget: float) -> Iterable[_Piece]:
@@ -191,9 +187,9 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _attention_kernels(shape: AttentionShape, device: torch.device) -> dict[str, float]:
-    """Seconds of SDPA's two kernels for bf16, which compute the same; one that does not take the
-    heads, or is not there, is left out."""
+def _attention_kernels(shape: AttentionShape, device: torch.device) -> Timings:
+    """Of SDPA's two kernels for bf16, which compute the same; one that does not take the heads, or
+    is not there, is left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     size = (1, shape.heads, min(shape.length, 4096), shape.head_dim)
@@ -206,6 +202,7 @@ def _attention_kernels(shape: AttentionShape, device: torch.device) -> dict[str,
     is_grouped = shape.heads != shape.kv_heads
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     times: dict[str, list[float]] = {name: [] for name in kernels}
+    lasts = True
     for turn in range(_TURNS + 2):
         for name, kernel in kernels.items():
             if name not in times:
@@ -220,9 +217,11 @@ def _attention_kernels(shape: AttentionShape, device: torch.device) -> dict[str,
                     torch.autograd.grad(out, (query, key, value), grad)
                 end.record()
                 end.synchronize()
-            except RuntimeError:  # no such kernel for these heads
+            except RuntimeError as error:  # no such kernel for these heads
+                lasts &= not isinstance(error, torch.OutOfMemoryError)
                 del times[name]
                 continue
             if turn > 1:
                 times[name].append(begin.elapsed_time(end) / 1000)
-    return {name: statistics.median(own) for name, own in times.items()}
+    seconds = {name: statistics.median(own) for name, own in times.items()}
+    return Timings(attention=seconds, lasts=lasts)

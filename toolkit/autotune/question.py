@@ -19,7 +19,6 @@ _ISA = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "AT
 """Variables that decide which instructions products use."""
 
 Aspect = Literal["precision", "threads", "attention", "compile_model"]
-ASPECTS: tuple[Aspect, ...] = ("precision", "threads", "attention", "compile_model")
 
 
 class Product(msgspec.Struct, frozen=True):
@@ -76,7 +75,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         measured = sorted(self.asks - {"compile_model"})
         isa = {name: os.environ[name] for name in _ISA if name in os.environ}
         return {
-            "format": 1,
+            "format": 2,
             "asks": measured,
             "isa": isa,
             **{name: value for name, value in own.items() if name not in left},

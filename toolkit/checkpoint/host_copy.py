@@ -51,7 +51,7 @@ class HostMemory:
 
 class HostCopy:
     """The copies of `shards`, some of them still under way; called with an item of the plan it
-    gives the copy.
+    gives the copy, or raises what a copy has raised.
 
     Args:
         late: names of the tensors that nobody changes before `hold_back` is called.
@@ -62,6 +62,7 @@ class HostCopy:
         self._late_on_cpu: list[Shard] = []
         self._copies: list[Copies] = []
         self._is_done = threading.Event()
+        self._error: Exception | None = None
         groups: dict[tuple[bool, torch.device], list[Shard]] = {}
         for shard in shards:
             self._buffers[shard.key] = shard.buffer
@@ -80,19 +81,25 @@ class HostCopy:
 
     def __call__(self, item: WriteItem) -> torch.Tensor:
         self.finish()
+        if self._error is not None:
+            raise self._error
         return self._buffers[item.index]
 
     def finish(self) -> None:
-        """Copy what is left and wait until all is there; the thread that writes begins with it."""
+        """Copy what is left and wait until all is there; the thread that writes begins with it.
+        What fails is raised where a copy is asked for: there other ranks hear of it."""
         try:
-            for shard in self._late_on_cpu:
-                shard.buffer.copy_(shard.source)
-        finally:
-            self._late_on_cpu = []
-            self._is_done.set()
-        while self._copies:
-            self._copies[0].wait()
-            self._copies.pop(0)
+            try:
+                for shard in self._late_on_cpu:
+                    shard.buffer.copy_(shard.source)
+            finally:
+                self._late_on_cpu = []
+                self._is_done.set()
+            while self._copies and self._error is None:
+                self._copies[0].wait()
+                self._copies.pop(0)
+        except Exception as error:
+            self._error = error
 
     def hold_back(self) -> None:
         """Have what the caller does next to the tensors come after the copies: a GPU sees to that

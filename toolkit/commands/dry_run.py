@@ -24,13 +24,13 @@ from toolkit.experiment.checks import (
     batches_of,
     check_corpus,
     check_experiment,
-    check_load_path,
     check_parameters,
     gradient_accumulation_steps,
     layout_for,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import LoadedExperiment
+from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
 from toolkit.launch.capacity import capacity_here

@@ -30,11 +30,11 @@ from toolkit.experiment.checks import (
     batches_of,
     check_corpus,
     check_experiment,
-    check_load_options,
     layout_for,
 )
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.found_data import has_data, started_in
+from toolkit.experiment.load_checks import check_load_options
 from toolkit.experiment.recorded import read_steps, stored_config
 from toolkit.experiment.resuming import ResumePlan, plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths

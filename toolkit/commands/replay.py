@@ -23,6 +23,7 @@ from toolkit.commands.verify import is_step_folder
 from toolkit.config import leaves
 from toolkit.data.corpus_info import without_sources
 from toolkit.distributed.launcher import has_launcher, rank_of
+from toolkit.distributed.layout import layout_of
 from toolkit.distributed.logging import quieter, setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.errors import EXIT_DONE, ConfigError, RunError, TrainingError
@@ -37,6 +38,7 @@ from toolkit.experiment.recorded import (
 )
 from toolkit.experiment.resuming import parallel_again, precision_again, processes_here
 from toolkit.experiment.run import start_workers
+from toolkit.launch.capacity import capacity_here
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.workers import toolkit_command
 from toolkit.runs.config import RunConfig
@@ -142,6 +144,12 @@ def replay_config(plan: ReplayPlan, root: str, environ: Mapping[str, str]) -> Ex
         module = module.replace(precision=precision_again(module, recorded.precision, environ))
         if module.compile_model == "auto":
             module = module.replace(compile_model=bool(recorded.chosen.compile_model))
+        kernel = recorded.chosen.attention
+        # The kernel cannot be asked for elsewhere; then the receipt tells what is different.
+        if module.attention_backend == "auto" and kernel is not None:
+            is_same = layout_of(module, environ).precision == recorded.precision
+            if is_same and capacity_here(environ).gpus:
+                module = module.replace(attention_backend=kernel)
     trainer, run = config.trainer, RunConfig(root=root, experiment="replay", name="steps")
     if config.train_module.lora is None:
         defaults = TrainerConfig()

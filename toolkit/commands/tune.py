@@ -32,7 +32,7 @@ from toolkit.commands.tune_worker import RESULT, Result, Trial
 from toolkit.config.check import check
 from toolkit.distributed.launcher import has_launcher
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.tuning import asked_threads, cores_here, threads_asked_for
+from toolkit.distributed.tuning import asked_threads, threads_asked_for
 from toolkit.errors import EXIT_DONE, ConfigError, RunError, ToolkitError, TrainingError
 from toolkit.experiment.checks import check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
@@ -43,6 +43,7 @@ from toolkit.models.config import ModuleConfig
 from toolkit.models.shapes import loss_chunk_rows
 from toolkit.storage.atomic import create_atomic, why_not_creatable
 from toolkit.storage.foreign import read_json
+from toolkit.threads import cores_here
 from toolkit.wording import count
 
 FASTER = 1.03

@@ -11,13 +11,21 @@ from typing import Any
 import msgspec
 
 from toolkit.autotune import cache
-from toolkit.autotune.choices import Choices, Timings
-from toolkit.autotune.choose import Answer, choose, decide, describe, needs_timings, unmeasured
+from toolkit.autotune.choices import Choices
+from toolkit.autotune.choose import (
+    Answer,
+    choose,
+    decide,
+    describe,
+    needs_timings,
+    recorded_for,
+    unmeasured,
+)
 from toolkit.autotune.question import Aspect, Question, measures, work_of
 from toolkit.config.named import named
 from toolkit.data.corpus_info import planned_batches
 from toolkit.distributed.layout import Layout
-from toolkit.distributed.tuning import asked_threads, cores_here, cpu_details, cpu_name
+from toolkit.distributed.tuning import asked_threads, cpu_details, cpu_name
 from toolkit.errors import ToolkitError
 from toolkit.metrics.flops import device_peak_flops
 from toolkit.models.config import ClassModelConfig, ModuleConfig
@@ -25,6 +33,7 @@ from toolkit.runs.environment import installed_version
 from toolkit.runs.status import read_status
 from toolkit.storage.foreign import reason_of
 from toolkit.storage.remote import is_url
+from toolkit.threads import cores_here
 
 _FLOPS_SHARE = 0.35
 """Of a GPU's peak, what an eager step reaches."""
@@ -36,20 +45,26 @@ PATHS: dict[Aspect, str] = {
 """Of config values that may be `auto` (null: of threads)."""
 
 
+_PARTS = ("model", "train_module", "trainer", "dataset", "data_loader", "data")
+"""Of an `ExperimentConfig`, what decides."""
+
+
 def question_of(
     config: Any,
     layout: Layout,
     *,
     device: str,
     name: str,
-    capability: tuple[int, int] | None = None,
     local_world_size: int = 1,
     environ: Mapping[str, str] = os.environ,
 ) -> Question | None:
     """What an `ExperimentConfig` leaves open on a `device` (torch's type) called `name`; None where
-    nothing is chosen: of models that are no Transformers, and settings of a script without one."""
-    model = getattr(config, "model", None)
-    if model is None or isinstance(model, ModuleConfig) or device not in ("cpu", "cuda"):
+    nothing is chosen: of models that are no Transformers, and settings of a script that lack a
+    section of it."""
+    if any(getattr(config, part, None) is None for part in _PARTS):
+        return None
+    model = config.model
+    if isinstance(model, ModuleConfig) or device not in ("cpu", "cuda"):
         return None
     module, trainer, model = config.train_module, config.trainer, model.to_transformer()
     asks: set[Aspect] = set()
@@ -58,9 +73,7 @@ def question_of(
     asked = (asked_threads(environ) or trainer.num_threads) if device == "cpu" else None
     if device == "cpu" and asked is None:
         asks.add("threads")
-    is_new = capability is not None and capability >= (9, 0)  # cuDNN's kernel is slower before
-    is_bf16 = layout.precision in ("auto", "bf16") and model.attention_soft_cap is None
-    if device == "cuda" and is_new and is_bf16 and not trainer.deterministic:
+    if device == "cuda" and model.attention_soft_cap is None and layout.cp == 1:
         asks.add("attention")
     if module.compile_model == "auto" and may_compile(config, layout):
         asks.add("compile_model")
@@ -135,33 +148,62 @@ def recorded_choices(run: Path | None) -> Choices | None:
 
 
 def answer_of(
-    question: Question,
+    config: Any,
+    layout: Layout,
     device: Any,
     *,
     fixed: str,
-    recorded: Choices | None = None,
+    name: str,
+    local_world_size: int = 1,
+    run_dir: Path | None = None,
     anew: frozenset[Aspect] = frozenset(),
 ) -> Answer:
-    """What rank 0 chooses on `device`. Never raises: without a measurement it is what would be
-    chosen without measuring."""
-    if not measures():
+    """What rank 0 chooses on the torch `device` called `name`. Never raises, since the other ranks
+    wait for its answer: where anything goes wrong, what is recorded stays and the rest is as it is
+    without measuring, with a notice."""
+    recorded = None
+    try:
+        question = question_of(
+            config, layout, device=device.type, name=name, local_world_size=local_world_size
+        )
+        if question is None:
+            return Answer(Choices())
+        recorded = recorded_choices(run_dir or save_folder_of(config))
+        question = _without_attention_of_others(question, config, device, fixed)
+        if measures():
+            return choose(
+                question,
+                lambda part: named("toolkit.autotune.measure:measure")(part, device),
+                fixed=fixed,
+                recorded=recorded,
+                anew=anew,
+            )
         if recorded is None:
             return Answer(unmeasured(question, fixed))
-        return choose(question, Timings, fixed=fixed, recorded=recorded, looks=False)
+        return Answer(recorded_for(question, recorded, fixed))
+    except Exception as error:
+        settled: Any = fixed if layout.precision == "auto" else None
+        notice = f"auto could not measure: {reason_of(error)}"
+        return Answer(recorded or Choices(precision=settled), (notice,))
 
-    failures: list[str] = []
 
-    def measure() -> Timings:
-        try:
-            return named("toolkit.autotune.measure:measure")(question, device)
-        except (RuntimeError, MemoryError) as error:
-            failures.append(f"auto could not measure: {reason_of(error)}")
-            raise
+def _without_attention_of_others(
+    question: Question, config: Any, device: Any, precision: str
+) -> Question:
+    """`question`, which asks for SDPA's kernel only where that counts."""
+    import torch
 
-    try:
-        return choose(question, measure, fixed=fixed, recorded=recorded, anew=anew)
-    except (RuntimeError, MemoryError):
-        return Answer(unmeasured(question, fixed), tuple(failures))
+    from toolkit.distributed.devices import compute_dtype
+    from toolkit.models.sdpa import takes_measured_here
+
+    counts = takes_measured_here(
+        config.train_module.attention_backend,
+        device,
+        dtype=compute_dtype(precision) or torch.float32,
+        head_dim=question.attention.head_dim,
+    )
+    asks = question.asks if counts else question.asks - {"attention"}
+    return msgspec.structs.replace(question, asks=asks)
 
 
 def foreseen(config: Any, layout: Layout, environ: Mapping[str, str]) -> str | None:

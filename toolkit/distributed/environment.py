@@ -24,13 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from toolkit.autotune.choices import Choices
 from toolkit.autotune.choose import Answer
-from toolkit.autotune.question import Aspect
-from toolkit.distributed.choosing import (
-    answer_of,
-    question_of,
-    recorded_choices,
-    save_folder_of,
-)
+from toolkit.autotune.question import Aspect, can_compile
+from toolkit.distributed.choosing import answer_of
 from toolkit.distributed.config import LogRanks
 from toolkit.distributed.devices import device_name, pick_device, use_device
 from toolkit.distributed.launcher import offloads, rank_of, world_size_of
@@ -43,7 +38,7 @@ from toolkit.distributed.process_groups import (
     open_process_groups,
 )
 from toolkit.distributed.ranks import adopt_ranks
-from toolkit.distributed.tuning import set_defaults, tune_cpu
+from toolkit.distributed.tuning import keep_compiled_code, set_defaults, tune_cpu
 from toolkit.errors import ConfigError, RunError
 
 
@@ -206,6 +201,7 @@ def single_environment(
         )
     where = torch.device(device) if device else pick_device(local_rank=0)
     use_device(where)
+    keep_compiled_code()
     layout = settle_precision(resolve_layout(precision, None, {}), where)
     return TrainingEnvironment(rank=0, local_rank=0, device=where, layout=layout, seed=seed)
 
@@ -241,6 +237,7 @@ def prepare_training_environment(
     processes than accelerators.
     """
     set_defaults()
+    keep_compiled_code()
     if environ is None:
         adopt_ranks(os.environ)
         environ = os.environ
@@ -300,31 +297,41 @@ def _with_choices(
 ) -> TrainingEnvironment:
     """`environment` with what rank 0 has chosen, in use on this rank."""
     device, layout, answer = environment.device, environment.layout, Answer(Choices())
-    if environment.is_main and getattr(config, "model", None) is not None:
-        is_cuda = device.type == "cuda"
-        question = question_of(
+    if environment.is_main:
+        answer = answer_of(
             config,
             layout,
-            device=device.type,
+            device,
+            fixed=settle_precision(layout, device).precision,
             name=device_name(device),
-            capability=torch.cuda.get_device_capability(device) if is_cuda else None,
             local_world_size=local_world_size,
+            run_dir=run_dir,
+            anew=anew,
         )
-        if question is not None:
-            fixed = settle_precision(layout, device).precision
-            recorded = recorded_choices(run_dir or save_folder_of(config))
-            answer = answer_of(question, device, fixed=fixed, recorded=recorded, anew=anew)
-    choices, notices = environment.broadcast(answer)
-    precision = choices.precision if layout.precision == "auto" else layout.precision
-    if precision is not None:
-        layout = msgspec.structs.replace(layout, precision=precision)
-    layout = settle_precision(layout, device)
-    layout = msgspec.structs.replace(layout, notices=(*layout.notices, *notices))
+    answer, precision = environment.broadcast((answer, _settled(layout, device)))
+    choices, notices = _compiling_where_all_can(environment, answer)
+    if layout.precision == "auto" and choices.precision is not None:
+        precision = choices.precision
+    notices = (*layout.notices, *notices)
+    layout = msgspec.structs.replace(layout, precision=precision, notices=notices)
     if choices.threads is not None:  # at most this rank's own share of its machine
         torch.set_num_threads(min(choices.threads, torch.get_num_threads()))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = layout.precision != "fp32"
     return dataclasses.replace(environment, layout=layout, choices=choices)
+
+
+def _compiling_where_all_can(environment: TrainingEnvironment, answer: Answer) -> Answer:
+    """`answer`, uncompiled where a rank has no compiler: other machines may be other ones, as those
+    of a recorded choice."""
+    if not answer.choices.compile_model:
+        return answer
+    found = environment.gather((socket.gethostname(), can_compile()))
+    if not (without := sorted({host for host, can in found if not can})):
+        return answer
+    notice = f"not compiled: no C++ compiler or no Python.h on {', '.join(without)}"
+    choices = msgspec.structs.replace(answer.choices, compile_model=False)
+    return Answer(choices, (*answer.notices, notice))
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:
@@ -335,9 +342,13 @@ def is_fast_at_bf16(device: torch.device) -> bool:
 
 def settle_precision(layout: Layout, device: torch.device) -> Layout:
     """`layout` with `auto` replaced by what it is where nothing is measured."""
+    return msgspec.structs.replace(layout, precision=_settled(layout, device))
+
+
+def _settled(layout: Layout, device: torch.device) -> Precision:
     if layout.precision != "auto":
-        return layout
-    return msgspec.structs.replace(layout, precision="bf16" if is_fast_at_bf16(device) else "fp32")
+        return layout.precision
+    return "bf16" if is_fast_at_bf16(device) else "fp32"
 
 
 def check_shared_folder(environment: TrainingEnvironment, folder: Path) -> None:

@@ -47,7 +47,7 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
     keeps_all = keeps_gathered(
         settings,
         gathered_bytes(model, dtype),
-        device_memory(environment.device),
+        _least_memory(environment),
         has_pipeline=layout.pp > 1,
     )
 
@@ -124,6 +124,12 @@ def describe_gathers(model: nn.Module) -> str:
 def gathered_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
     """Of all weights in the compute type."""
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+
+
+def _least_memory(environment: TrainingEnvironment) -> int | None:
+    """Of all ranks' devices: what ranks gather together, all of them must decide alike."""
+    found = environment.gather(device_memory(environment.device))
+    return None if None in found else min(found)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -2,12 +2,15 @@
 once."""
 
 import ctypes
+import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from toolkit.errors import ConfigError
+from toolkit.threads import cores_here
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _KEPT_BYTES = 1 << 30
@@ -23,16 +26,34 @@ def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
 
     The allocator grows the blocks that it has instead of adding others, which fragment. Threads of
     libgomp spin shortly while they wait: by default so long that two programs with as many threads
-    as cores slow each other down tenfold (docs/LOG.md). Code that torch has compiled is kept where
-    it outlives a restart of the machine; torch's own choice is the folder for temporary files.
+    as cores slow each other down tenfold (docs/LOG.md).
     """
     environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not any(name in environ for name in _VARIABLES):
         environ[_VARIABLES[0]] = "expandable_segments:True"
+
+
+def keep_compiled_code(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Keep what torch compiles where it outlives a restart of the machine, unless somebody has set
+    a folder: call it before anything is compiled. torch's own choice is the folder for temporary
+    files.
+
+    Machines may share a home, and code is compiled for the CPU that compiles it, which torch's keys
+    do not name: each kind of CPU has a folder of its own.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in environ:
+        return
     cache = Path(environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    if cache.is_absolute() and os.access(existing, os.W_OK):  # not each user has a home
-        environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "toolkit" / "compiled"))
+    if not cache.is_absolute():  # not each user has a home
+        return
+    # Of a folder that one may not look into, Path.is_dir raises PermissionError.
+    existing = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
+    if os.access(existing, os.W_OK):
+        import torch
+
+        kind = f"{cpu_name()} {cpu_details()} {torch.__version__}"
+        folder = cache / "toolkit" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
+        environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def tune_cpu(*, local_world_size: int = 1, threads: int | None = None) -> None:
@@ -47,13 +68,6 @@ def tune_cpu(*, local_world_size: int = 1, threads: int | None = None) -> None:
     torch.set_num_threads(asked or max(1, cores_here() // local_world_size))
     keep_freed_memory()
     take_fast_products()
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:
@@ -74,10 +88,11 @@ def cpu_details() -> str:
 def _cpu_info() -> dict[str, str]:
     """What Linux tells of the first core; empty elsewhere."""
     try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        with open("/proc/cpuinfo") as file:  # all cores of a large machine take long to read
+            first = list(itertools.takewhile(str.strip, file))
     except OSError:
         return {}
-    pairs = (line.partition(":") for line in first.splitlines())
+    pairs = (line.partition(":") for line in first)
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -120,7 +135,10 @@ def take_fast_products() -> None:
     On AMD's processors MKL has no kernels for AVX-512: 110 GFLOP/s a core of a Zen 5, where oneDNN
     has 250. torch gives it fp32 products when it may round operands to bf16, which oneDNN does on
     processors with AMX only; a product that shows rounding turns it off again all the same. Not
-    beside GPUs, for whose switches torch has an older interface that does not bear a mixture.
+    beside GPUs, which would round.
+
+    torch has an older interface, by which libraries ask, and raises where the two disagree: the
+    switch is set by the older one, which sets it in both.
     """
     import torch
 
@@ -130,11 +148,28 @@ def take_fast_products() -> None:
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"  # of oneDNN alone
-    for size in (64, 256):
-        exact = torch.full((size, size), 1.0 + 2.0**-20)
-        if not torch.equal(exact @ torch.eye(size), exact):
-            matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("medium")
+    if not all(_products_are_exact(*shape) for shape in ((64, 64), (256, 128), (1024, 64))):
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+def _products_are_exact(rows: int, inner: int) -> bool:
+    """Whether products keep the last bits of fp32, by each of the functions that models use."""
+    import torch
+
+    linear = torch.nn.functional.linear
+    exact, one, zero = torch.full((rows, inner), 1.0 + 2.0**-20), torch.eye(inner), torch.zeros(1)
+    batch, ones = exact.expand(2, -1, -1), one.expand(2, -1, -1)
+    found = (
+        torch.mm(exact, one),
+        torch.addmm(zero, exact, one),
+        linear(exact, one),
+        linear(exact, one, zero.expand(inner)),
+        *torch.bmm(batch, ones),
+        *torch.baddbmm(zero, batch, ones),
+    )
+    return all(torch.equal(product, exact) for product in found)
 
 
 def keep_freed_memory() -> None:

@@ -13,10 +13,8 @@ from toolkit.checkpoint.load import load_rank_state, shapes_of
 from toolkit.checkpoint.tensors import check_shapes
 from toolkit.data.loader import TrainLoader
 from toolkit.errors import CheckpointError
-from toolkit.experiment.checks import (
-    check_load_options,
-)
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load_checks import check_load_options
 from toolkit.experiment.same_model import check_model
 from toolkit.models.config import ModuleConfig
 from toolkit.models.lora import choose_trained

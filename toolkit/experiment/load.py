@@ -36,8 +36,9 @@ from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.layout import layout_of
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, without
-from toolkit.experiment.checks import LOADING, check_experiment, check_load_path, layout_for
+from toolkit.experiment.checks import LOADING, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.python_config import call_build_config, is_python_config
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (

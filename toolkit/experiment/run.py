@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from toolkit import signals
+from toolkit.autotune.question import Aspect
 from toolkit.config.interpolation import fill
 from toolkit.config.secrets import check_no_secrets
 from toolkit.data.corpus_info import CorpusInfo, planned_batches, read_corpus
+from toolkit.distributed.choosing import PATHS
 from toolkit.distributed.launcher import rank_of
 from toolkit.distributed.logging import setup_logging
 from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.distributed.tuning import threads_asked_for
 from toolkit.errors import EXIT_STOPPED, DataError, ErrorList, RunError
-from toolkit.experiment.checks import check_corpus, check_experiment, check_load_path, layout_for
+from toolkit.experiment.checks import check_corpus, check_experiment, layout_for
 from toolkit.experiment.common import common_of
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.notices import notices
 from toolkit.experiment.resuming import plan_resume
 from toolkit.experiment.schedules import check_schedule_lengths
@@ -67,6 +70,7 @@ def train(
     origins: Mapping[str, str] | None = None,
     stored: ExperimentConfig | None = None,
     data: DataDoor = EXISTING_DATA,
+    anew: frozenset[Aspect] = frozenset(),
 ) -> int:
     """Run the experiment under the current launcher, if any; returns the exit code.
 
@@ -75,6 +79,7 @@ def train(
 
     The run folder keeps `origins`, and as its config `stored`, with `${NAME}` as it was written;
     default: `config`, whose `${NAME}` are filled in here. A config with a secret is a ConfigError.
+    What `auto` means for `anew` is chosen again, though a run that goes on has recorded it.
     """
     if stored is None:
         stored, config = config, fill(config)
@@ -86,7 +91,7 @@ def train(
     starting = RunStart()
     with signals.listening(starting):
         try:
-            return _run(config, origins or {}, stored, starting, data)
+            return _run(config, origins or {}, stored, starting, data, anew)
         except BaseException as error:
             # What fails in a start that is being stopped, as helpers do, is part of the stop.
             if starting.reason is None or isinstance(error, GeneratorExit):
@@ -151,7 +156,12 @@ def resume(
             "run.registry: its password was not stored; to update it, put the password into an "
             "environment variable and write its name: --run.registry='...://USER:${NAME}@HOST/DB'"
         )
-    return train(plan.config, origins=plan.origins, stored=plan.stored, data=data)
+    anew = frozenset(
+        aspect
+        for aspect, path in PATHS.items()
+        if any(flag.startswith(f"--{path}") for flag in overrides)
+    )
+    return train(plan.config, origins=plan.origins, stored=plan.stored, data=data, anew=anew)
 
 
 def _run(
@@ -160,6 +170,7 @@ def _run(
     stored: ExperimentConfig,
     starting: RunStart,
     data: DataDoor,
+    anew: frozenset[Aspect],
 ) -> int:
     environ = os.environ
     check_launcher_variables(environ)
@@ -178,6 +189,7 @@ def _run(
                 return EXIT_STOPPED
             log.info("started again by the launcher; continuing %s", before)
             config = config.replace(run=config.run.replace(save_folder=str(before)))
+            anew = frozenset()  # its first start has chosen
         if config.run.mirror is not None:
             found.raise_any()  # before anybody is asked
             starting.mirror = _open_mirror(config, resolve_run_folder(config.run, name))
@@ -225,7 +237,7 @@ def _run(
                 starting.mirror.start(run)
             if not run.path(RUN_FILES.config).exists():
                 training.log_configs(stored, run, layout, origins)
-        return training.train(stored, run, name, origins, starting)
+        return training.train(stored, run, name, origins, starting, anew)
     except BaseException as error:
         # Whatever the trainer itself did not close: an error before or outside its loop.
         if run is not None and starting.reason is None:

@@ -10,11 +10,11 @@ import torch
 
 from toolkit import signals
 from toolkit.autotune.choices import Choices
+from toolkit.autotune.question import Aspect
 from toolkit.config.named import named
 from toolkit.data.corpus import open_corpus
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.loader import TrainLoader, get_dataloaders
-from toolkit.distributed.choosing import PATHS
 from toolkit.distributed.config import PARALLEL_FIELDS
 from toolkit.distributed.devices import device_name, usable_gpus
 from toolkit.distributed.environment import (
@@ -120,13 +120,15 @@ class Training:
         name: str,
         origins: Mapping[str, str],
         starting: RunStart,
+        anew: frozenset[Aspect] = frozenset(),
     ) -> int:
         """Train to the end, or to a stop; returns the exit code. All ranks call it; those other
-        than 0 have no `run`, and follow rank 0 to where it writes."""
+        than 0 have no `run`, and follow rank 0 to where it writes. `anew`: what `auto` means is
+        chosen again for these."""
         environment = prepare_training_environment(
             self.config,
             run_dir=None if run is None else run.folder,
-            anew=frozenset(a for a, path in PATHS.items() if origins.get(path, "")[:2] == "--"),
+            anew=anew,
         )
         log_file, trainer, train_dl, has_failed = None, None, None, False
         # To the very end: a rank that ends because of another one must say so before a signal ends

@@ -11,6 +11,7 @@ import psutil
 from toolkit.distributed.ranks import wants_cpu
 from toolkit.errors import ConfigError
 from toolkit.metrics.system import nvml_gpus
+from toolkit.threads import cores_here
 from toolkit.wording import count
 
 PROCESSES_PER_CORE = 16
@@ -46,14 +47,13 @@ def capacity_here(environ: Mapping[str, str] = os.environ) -> Capacity:
 
         if gpus := usable_gpus():
             return Capacity(gpus, f"{count(gpus, 'GPU')}, for one process each", gpus)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    free = free_memory()
-    by_cores = PROCESSES_PER_CORE * (cores or 1)
+    cores, free = cores_here(), free_memory()
+    by_cores = PROCESSES_PER_CORE * cores
     by_memory = max(1, free // BYTES_PER_PROCESS)
     if by_memory < by_cores:
         why = f"{free / 1e9:.1f} GB of free memory, for at most {count(by_memory, 'process')}"
         return Capacity(by_memory, f"{why} of {BYTES_PER_PROCESS / 1e9} GB")
-    why = f"{count(cores or 1, 'core')}, for at most {count(by_cores, 'process')}"
+    why = f"{count(cores, 'core')}, for at most {count(by_cores, 'process')}"
     return Capacity(by_cores, f"{why} without a GPU")
 
 

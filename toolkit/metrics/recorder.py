@@ -15,6 +15,7 @@ are then alike, and so are the calls of `reduce`.
 
 import collections
 import concurrent.futures
+import functools
 import math
 import threading
 import time
@@ -49,6 +50,18 @@ class _Record(NamedTuple):
 
 _Block = tuple[list[_Record], Callable[[], list[dict[str, Any]]]]
 """Records, and what waits for their values and gives them."""
+
+
+class _Waiting:
+    """Blocks handed over between two flushes and not delivered yet, where `least_seconds` may
+    pass."""
+
+    def __init__(self) -> None:
+        self.blocks: collections.deque[_Block] = collections.deque()
+        self.is_asked = False
+        """Whether the thread will look for them."""
+        self.hurry = threading.Event()
+        """Somebody waits for them."""
 
 
 class PendingFlush(NamedTuple):
@@ -97,12 +110,7 @@ class MetricsRecorder:
         self._error: BaseException | None = None
         self._is_closed = False
         self._worker = Worker("metrics")
-        self._waiting: collections.deque[_Block] = collections.deque()
-        """Handed over, and not delivered yet, where `least_seconds` may pass."""
-        self._is_asked = False
-        """Whether the thread will look for them."""
-        self._hurry = threading.Event()
-        """Somebody waits for them."""
+        self._waiting = _Waiting()
         self._delivered_at = -math.inf
 
     def record(
@@ -165,7 +173,8 @@ class MetricsRecorder:
         """`flush` without waiting. `after` is called in the delivering thread when everything up to
         here, and nothing later, is delivered."""
         self._hand_over()
-        self._hurry.set()
+        self._waiting.hurry.set()
+        self._waiting = _Waiting()  # what comes later comes after `after`
 
         def finish() -> Any:
             self._sync()
@@ -184,7 +193,7 @@ class MetricsRecorder:
                 self.flush()
         finally:
             self._is_closed, self._pending = True, []
-            self._hurry.set()
+            self._waiting.hurry.set()
             self._worker.stop(None if flush and self._error is None else 2.0)
 
     def _next_boundary(self, step: int) -> int:
@@ -210,19 +219,19 @@ class MetricsRecorder:
             if not self._least_seconds:
                 self._submit(lambda: self._deliver_blocks([block]))
                 return
-            self._waiting.append(block)
-            if not self._is_asked:
-                self._is_asked = True
-                self._submit(self._deliver_waiting)
+            waiting = self._waiting
+            waiting.blocks.append(block)
+            if not waiting.is_asked:
+                waiting.is_asked = True
+                self._submit(functools.partial(self._deliver_waiting, waiting))
 
-    def _deliver_waiting(self) -> None:
-        self._hurry.wait(self._delivered_at + self._least_seconds - time.monotonic())
-        self._hurry.clear()
+    def _deliver_waiting(self, waiting: _Waiting) -> None:
+        waiting.hurry.wait(self._delivered_at + self._least_seconds - time.monotonic())
         self._delivered_at = time.monotonic()
-        self._is_asked = False  # before the blocks are taken: one that comes now is taken too
+        waiting.is_asked = False  # before the blocks are taken: one that comes now is taken too
         blocks: list[_Block] = []
-        while self._waiting:
-            blocks.append(self._waiting.popleft())
+        while waiting.blocks:
+            blocks.append(waiting.blocks.popleft())
         self._deliver_blocks(blocks)
 
     def _submit(self, job: Callable[[], Any]) -> Future[Any]:

@@ -28,6 +28,27 @@ _TORCHS = ("flash", "efficient", "math", "cudnn")
 """torch's own order (2.13)."""
 
 
+def takes_measured(
+    asked: AttentionBackend,
+    hardware: Hardware,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    cudnn: int | None,
+    is_deterministic: bool,
+) -> bool:
+    """Whether `attention_order` puts the kernel that was measured to be fastest first: unasked, on
+    sm_90 and sm_100, for heads that flash attention and cuDNN's both compute."""
+    is_new = hardware.capability is not None and hardware.capability[0] in (9, 10)
+    is_new &= not hardware.is_rocm and cudnn is not None and cudnn >= _CUDNN
+    fits = _is_aligned_half(dtype, head_dim) and head_dim <= 128
+    return asked == "auto" and is_new and fits and not is_deterministic
+
+
+def _is_aligned_half(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype.itemsize == 2 and head_dim % ALIGNED_HEAD == 0
+
+
 def attention_order(
     asked: AttentionBackend,
     hardware: Hardware,
@@ -45,17 +66,20 @@ def attention_order(
     deterministic runs, which its backward is not. `cudnn` is its version, None where there is none.
     Raises ConfigError: the kernel that is asked for computes no such heads here.
     """
-    fits = dtype.itemsize == 2 and head_dim % ALIGNED_HEAD == 0
     if asked == "auto":
-        is_new = hardware.capability is not None and hardware.capability[0] in (9, 10)
-        is_new &= not hardware.is_rocm and cudnn is not None and cudnn >= _CUDNN
-        if not (is_new and fits and head_dim <= 128) or is_deterministic:
-            return _TORCHS
-        return _first(measured or "cudnn")
+        is_open = takes_measured(
+            asked,
+            hardware,
+            dtype=dtype,
+            head_dim=head_dim,
+            cudnn=cudnn,
+            is_deterministic=is_deterministic,
+        )
+        return _first(measured or "cudnn") if is_open else _TORCHS
     problem = None
     if hardware.type != "cuda":
         problem = f"chooses between CUDA's kernels, and this is a run on {hardware.type}"
-    elif asked not in ("math", "efficient") and not fits:
+    elif asked not in ("math", "efficient") and not _is_aligned_half(dtype, head_dim):
         problem = (
             f"{asked} computes bf16 and fp16, heads of a multiple of {ALIGNED_HEAD}; not "
             f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"
@@ -85,18 +109,26 @@ def choose_attention(
 ) -> tuple[str, ...]:
     """Set the order of this process for `device`, and return it. Raises ConfigError: see
     `attention_order`."""
-    hardware = hardware_of(device.type, device.index)
-    order = attention_order(
-        asked,
-        hardware,
-        dtype=dtype,
-        head_dim=head_dim,
-        cudnn=torch.backends.cudnn.version() if device.type == "cuda" else None,
-        is_deterministic=torch.are_deterministic_algorithms_enabled(),
-        measured=measured,
-    )
+    facts = _facts(device)
+    order = attention_order(asked, dtype=dtype, head_dim=head_dim, measured=measured, **facts)
     set_order(order)
     return order
+
+
+def takes_measured_here(
+    asked: AttentionBackend, device: torch.device, *, dtype: torch.dtype, head_dim: int
+) -> bool:
+    """`takes_measured` on `device`."""
+    return takes_measured(asked, dtype=dtype, head_dim=head_dim, **_facts(device))
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """What else decides, of this process and its `device`."""
+    return {
+        "hardware": hardware_of(device.type, device.index),
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def set_order(order: Sequence[str]) -> None:

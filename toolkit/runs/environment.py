@@ -12,6 +12,7 @@ from typing import Any
 from toolkit.config.named import module_folders
 from toolkit.config.secrets import is_secret_name, mask_secrets
 from toolkit.metrics.system import nvml_gpus
+from toolkit.threads import cores_here
 
 _LIBRARIES = ("toolkit", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "numpy")
 _VARIABLES = re.compile(
@@ -76,7 +77,7 @@ def describe_environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
         "cpu_count": os.cpu_count(),
-        "cpu_available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpu_available": cores_here(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 2),
         "gpus": _gpu_names(),
         "variables": {

@@ -225,8 +225,9 @@ class CheckpointerConfig(CallbackConfig, kw_only=True):
     best_mode: Literal["min", "max"] = "min"
     """Whether less or more is better."""
     asynchronous: bool = True
-    """Training waits only while the state is copied to host memory (its size once more), which is
-    then written in the background. Off: it waits until the checkpoint is committed."""
+    """The state is copied to host memory (its size once more), most of it while the next step is
+    computed, and written in the background; training waits for copies that are not there when the
+    optimizer steps. Off: it waits until the checkpoint is committed."""
     on_error: Literal["continue", "stop"] = "continue"
     """What a checkpoint that cannot be written means during training: go on with the ones there are
     (an error is logged), or end the run. At the end of training it always fails the run."""

@@ -2,7 +2,9 @@
 disagrees."""
 
 import functools
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,21 @@ def test_workers_check_beside_the_encoding(tmp_path: Path, monkeypatch: pytest.M
     assert ensure_prepared(config, progress=False).num_tokens("train") == 400_001
     assert len(answers) == 1
     assert answers != [os.getpid()]
+
+
+def _imports() -> list[str]:
+    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
+    return [name for name in ("torch", "transformers") if sys.modules.get(name) is not None]
+
+
+def test_a_worker_asks_without_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
+    texts = write_texts(tmp_path / "text", ["some text\n" * 100])
+    config = files_config(tmp_path / "data", texts, num_processes=2)
+    answers: list[object] = []
+    monkeypatch.setattr(prepare, "tokenizer_check", lambda *_: Errand(_imports, answers.append))
+    ensure_prepared(config, progress=False)
+    assert answers == [["transformers"]]
+    assert "PyTorch" not in capfd.readouterr().err

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from toolkit.data.prepare.text.reading import Piece
+from toolkit.data.prepare.tokenizers.bulk import BulkEncoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 
 
@@ -42,12 +43,13 @@ class TextEncoder:
     the piece is encoded as it is.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encode = tokenizer.encode_batch
+    def __init__(self, tokenizer: Tokenizer, bulk: BulkEncoder | None = None) -> None:
+        """`bulk`: encodes in the place of `tokenizer`, with the same ids."""
+        self._encode = bulk or tokenizer.encode_batch
         self._lead, self._lead_ids = "", list[int]()
         for lead in ("\n", "."):
             lead_ids, after, alone = (
-                ids.tolist() for ids in tokenizer.encode_batch([lead, f"{lead}a", "a"])
+                ids.tolist() for ids in tokenizer.plain_ids([lead, f"{lead}a", "a"])
             )
             if lead_ids:
                 if after != lead_ids + alone and after[: len(lead_ids)] == lead_ids:

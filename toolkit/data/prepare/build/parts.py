@@ -24,6 +24,7 @@ from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import Shard
+from toolkit.data.prepare.tokenizers.bulk import bulk_encoder
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.prepared import (
     SPLITS,
@@ -94,6 +95,8 @@ class PartsSetup(NamedTuple):
     vocabulary: Vocabulary
     cache_dir: str | None
     """See `Reading`."""
+    in_bulk: bool = True
+    """Whether a faster library encodes where one is known to give the same ids."""
 
     @property
     def reading(self) -> Reading:
@@ -175,7 +178,7 @@ def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
     assert tokenizer is not None
     if config.instructions is not None:
         return InstructionEncoder(tokenizer, config.instructions, append_eos=config.append_eos)
-    return TextEncoder(tokenizer)
+    return TextEncoder(tokenizer, bulk_encoder(tokenizer) if setup.in_bulk else None)
 
 
 def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int = 1) -> Part:

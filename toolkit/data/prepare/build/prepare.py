@@ -39,6 +39,7 @@ from toolkit.data.prepare.build.parts import (
     PartsSetup,
     complete_part,
     make_encoder,
+    part_folder,
 )
 from toolkit.data.prepare.build.progress import encoding, printer, summary
 from toolkit.data.prepare.build.settings import (
@@ -54,11 +55,12 @@ from toolkit.data.prepare.build.vocabulary import (
     tokenizer_check,
     vocabulary_of,
 )
-from toolkit.data.prepare.build.workers import encode_shards, num_cores
+from toolkit.data.prepare.build.workers import Errand, encode_shards
 from toolkit.data.prepare.store.cache import build_lock, raw_text_cache
 from toolkit.data.prepare.store.store import DatasetStore
 from toolkit.data.prepare.text.reading import Counts, read_shard
 from toolkit.data.prepare.text.sources import Plan, Shard
+from toolkit.data.prepare.tokenizers.bulk import IdsDiffer
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.tokens.in_use import mark_used
 from toolkit.data.tokens.prepared import (
@@ -75,6 +77,7 @@ from toolkit.data.tokens.prepared import (
 from toolkit.errors import DataError
 from toolkit.storage.atomic import new_folder, remove_tree, write_json_atomic
 from toolkit.storage.locks import locked
+from toolkit.threads import cores_here
 
 PARTS_VERSION = 5
 """Changes when the same settings would give other parts."""
@@ -228,14 +231,24 @@ def _build(
     parts = [complete_part(job, setup) for job in jobs]
     missing = [job for job, part in zip(jobs, parts, strict=True) if part is None]
     started = time.monotonic()
-    num_processes = config.num_processes or num_cores()
+    num_processes = config.num_processes or cores_here()
     check = tokenizer_check(config, tokenizer_folder)
-    with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
-        for job, part in encode_shards(
-            missing, setup, tokenizer, num_processes=num_processes, errand=check
-        ):
-            parts[job.index] = part
-            advance(job)
+
+    def encode_missing(setup: PartsSetup, check: Errand | None) -> None:
+        with encoding(str(folder), jobs, missing, note, enabled=progress) as advance:
+            for job, part in encode_shards(
+                missing, setup, tokenizer, num_processes=num_processes, errand=check
+            ):
+                parts[job.index] = part
+                advance(job)
+
+    try:
+        encode_missing(setup, check)
+    except IdsDiffer as error:
+        note(str(error))
+        for job in missing:
+            remove_tree(part_folder(parts_folder, job.index))
+        encode_missing(setup._replace(in_bulk=False), tokenizer_check(config, tokenizer_folder))
     plan.listing.check_unchanged()
     with new_folder(folder, unfinished=building / "output") as output:
         splits, counts = _join(

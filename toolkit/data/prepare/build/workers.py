@@ -23,11 +23,6 @@ SMALL_BYTES = 2 << 20
 """Below this, starting processes costs more than they save."""
 
 
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Errand(NamedTuple):
     """Other work that a worker does first, while others encode."""
 
@@ -66,7 +61,7 @@ def encode_shards(
     processes = pool._processes  # filled as they start
     try:
         with _without_main(), signals.starting_workers():
-            first = None if errand is None else pool.submit(_named, errand.work)
+            first = None if errand is None else pool.submit(_without_torch, errand.work)
             futures = {pool.submit(_work, job): job for job in jobs}
         for future in as_completed([*futures, *([first] if first else [])]):
             if future is first:
@@ -130,6 +125,15 @@ def _start(parent: int, setup: PartsSetup, threads: int) -> None:
 
 def _work(job: Job) -> Part:
     return _named(functools.partial(_encode, job))
+
+
+def _without_torch(work: Callable[[], Result]) -> Result:
+    """`transformers` imports it where it can, which takes longer than all else that it is asked
+    for: tokenizers do without, and so does whatever a worker does later."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    # It would say that it found none.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    return _named(work)
 
 
 def _named(work: Callable[[], Result]) -> Result:

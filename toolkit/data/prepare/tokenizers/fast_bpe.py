@@ -36,7 +36,7 @@ once and not one alternative after the other; the last alternative only ever mee
 _NOBODYS_TOKEN = "\U0010ffff"
 """A control token that is never asked for. Where there is none, the library looks for the empty
 text at every byte. It is no character, and one is found fast."""
-_PLAIN_MODEL = {
+PLAIN_MODEL = {
     "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
     "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": False,
 }  # fmt: skip
@@ -100,7 +100,7 @@ def _is_plain(content: dict[str, Any]) -> bool:
     model, cutting = content["model"], content["pre_tokenizer"] or {}
     return (
         content["normalizer"] is None
-        and all(model.get(name) == value for name, value in _PLAIN_MODEL.items())
+        and all(model.get(name) == value for name, value in PLAIN_MODEL.items())
         and cutting.get("type") == "ByteLevel"
         and not cutting.get("add_prefix_space", True)
         and cutting.get("use_regex", True)

@@ -179,11 +179,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """Ids of each text as ordinary text, without any control token; uint32 arrays."""
+        found = self._fast.encode_batch(texts) if self._fast is not None else None
+        return self.plain_ids(texts) if found is None else found
+
+    def plain_ids(self, texts: Sequence[str]) -> "list[np.ndarray]":
+        """What `encode_batch` gives, made by `tokenizers` alone."""
         import numpy as np
 
-        found = self._fast.encode_batch(texts) if self._fast is not None else None
-        if found is not None:
-            return found
         with guard("dataset.tokenizer", DataError, problem=_CANNOT_ENCODE):
             encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
@@ -206,6 +208,11 @@ class Tokenizer:
         ids = (np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
         offsets = (np.array(e.offsets, dtype=np.int64).reshape(-1, 2) for e in encodings)
         return list(zip(ids, offsets, strict=True))
+
+    @property
+    def ordinary_backend(self) -> "BackendTokenizer":
+        """What encodes ordinary text; not to be changed."""
+        return self._ordinary
 
     def decode(self, ids: "Iterable[int]") -> str:
         """The text of `ids`; control tokens are shown by their names."""
