@@ -278,15 +278,18 @@ def test_code_compiled_for_another_cpu_is_not_taken(
     assert compiled_code(environ) != here
 
 
-def test_a_home_that_one_may_not_look_into_is_no_place_for_compiled_code(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_cache_folder_that_cannot_be_made_or_written_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stat(path: Any, **_: Any) -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/dev/full"), Path("/proc/nowhere")):
+        assert compiled_code({"XDG_CACHE_HOME": str(place)}) is None
 
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(Path, "stat", stat)  # as root's may be looked into by root
-    assert compiled_code({"XDG_CACHE_HOME": "/root/.cache"}) is None
+    def no_room(**_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning.tempfile, "TemporaryFile", no_room)
+    assert compiled_code({"XDG_CACHE_HOME": str(tmp_path)}) is None
 
 
 def test_the_command_line_sets_it_before_torch_is_there() -> None:

@@ -297,7 +297,7 @@ def _with_choices(
 ) -> TrainingEnvironment:
     """`environment` with what rank 0 has chosen, in use on this rank."""
     device, layout, answer = environment.device, environment.layout, Answer(Choices())
-    if environment.is_main:
+    if environment.is_main and getattr(config, "model", None) is not None:
         answer = answer_of(
             config,
             layout,

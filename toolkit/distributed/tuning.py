@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -46,14 +47,17 @@ def keep_compiled_code(environ: MutableMapping[str, str] = os.environ) -> None:
     cache = Path(environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if not cache.is_absolute():  # not each user has a home
         return
-    # Of a folder that one may not look into, Path.is_dir raises PermissionError.
-    existing = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
-    if os.access(existing, os.W_OK):
-        import torch
+    import torch
 
-        kind = f"{cpu_name()} {cpu_details()} {torch.__version__}"
-        folder = cache / "toolkit" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
-        environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    kind = f"{cpu_name()} {cpu_details()} {torch.__version__}"
+    folder = cache / "toolkit" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+    except OSError:  # no place for it, or no room: torch's own choice stays
+        return
+    environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def tune_cpu(*, local_world_size: int = 1, threads: int | None = None) -> None:

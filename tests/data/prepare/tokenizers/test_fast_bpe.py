@@ -73,6 +73,19 @@ def test_tokens_that_no_merges_reach_are_never_made(backend: BackendTokenizer) -
     assert found[0].tolist() == [vocabulary["a"], vocabulary["bc"]]
 
 
+def test_empty_prefixes_and_suffixes_as_in_gpt2s_own_file_change_nothing(
+    backend: BackendTokenizer,
+) -> None:
+    changed = json.loads(backend.to_str())
+    changed["model"].update(continuing_subword_prefix="", end_of_word_suffix="")
+    named = BackendTokenizer.from_str(json.dumps(changed))
+    fast = fast_bpe(named)
+    assert fast is not None
+    texts = [(STDLIB / "heapq.py").read_text(), " it's  \n\n x1234", "\u00e9\u4e2d" * 50]
+    same(fast, named, texts)
+    same(fast, backend, texts)
+
+
 def test_other_tokenizers_have_no_fast_way(backend: BackendTokenizer) -> None:
     assert fast_bpe(ByteTokenizer()._ordinary) is None
     for name, value in {

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from toolkit.data.prepare.tokenizers.converted import PATTERNS
-from toolkit.data.prepare.tokenizers.fast_bpe import PLAIN_MODEL, byte_characters
+from toolkit.data.prepare.tokenizers.fast_bpe import byte_characters, is_plain_model
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.threads import ThreadPool
@@ -172,7 +172,7 @@ def _is_known(content: _Content) -> bool:
     model = content.model | {"ignore_merges": False}  # either way
     return (
         content.normalizer in (None, NFC)
-        and all(model.get(name) == value for name, value in PLAIN_MODEL.items())
+        and is_plain_model(model)
         and all(token["special"] for token in content.added_tokens)
         and (_is_byte_level(content.pre_tokenizer, cuts=True) or _pattern(content) is not None)
     )

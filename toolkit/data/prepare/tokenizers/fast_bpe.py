@@ -36,9 +36,9 @@ once and not one alternative after the other; the last alternative only ever mee
 _NOBODYS_TOKEN = "\U0010ffff"
 """A control token that is never asked for. Where there is none, the library looks for the empty
 text at every byte. It is no character, and one is found fast."""
-PLAIN_MODEL = {
-    "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-    "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": False,
+_PLAIN_MODEL = {
+    "type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
+    "ignore_merges": False,
 }  # fmt: skip
 
 
@@ -100,11 +100,20 @@ def _is_plain(content: dict[str, Any]) -> bool:
     model, cutting = content["model"], content["pre_tokenizer"] or {}
     return (
         content["normalizer"] is None
-        and all(model.get(name) == value for name, value in PLAIN_MODEL.items())
+        and is_plain_model(model)
         and cutting.get("type") == "ByteLevel"
         and not cutting.get("add_prefix_space", True)
         and cutting.get("use_regex", True)
         and all(token["special"] for token in content["added_tokens"])
+    )
+
+
+def is_plain_model(model: dict[str, Any]) -> bool:
+    """Whether the model of a tokenizer.json merges pairs of its tokens and does nothing else.
+    GPT-2's own file has empty prefixes and suffixes, which change nothing."""
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    return not any(model.get(name) for name in affixes) and all(
+        model.get(name) == value for name, value in _PLAIN_MODEL.items()
     )
 
 
