@@ -21,7 +21,7 @@ def test_the_whole_way_runs_as_it_stands(tmp_path: Path) -> None:
 
 def test_recipes_that_start_from_a_model_are_in_the_guide() -> None:
     for recipe in describe_recipes():
-        if not recipe.has_model:
+        if not recipe.has_model and not recipe.name.startswith("official/"):
             assert f"| `{recipe.name}` |" in GUIDE
 
 

@@ -153,7 +153,8 @@ def test_the_registry_and_the_list_know_the_run(folder: Path, place: Path) -> No
             "where name = 'single'"
         ).fetchone()
     assert row == ("e2e", "finished", STEPS, STEPS * TOKENS, "single", 1, 41_120)
-    result = run("toolkit", "runs", "--root", "runs", cwd=place)
-    line = next(line for line in result.output.splitlines() if line.startswith("e2e/single"))
+    result = run("toolkit", "runs", "--root", "runs", "--json", cwd=place)
+    found = next(own for own in json.loads(result.output) if own["name"] == "single")
     loss = read_lines(folder / "metrics" / "train.jsonl")[-1]["loss"]
-    assert line.split()[1:5] == ["finished", str(STEPS), f"{STEPS * TOKENS:,}", f"{loss:.4f}"]
+    assert (found["state"], found["step"], found["tokens"]) == ("finished", STEPS, STEPS * TOKENS)
+    assert found["loss"] == loss

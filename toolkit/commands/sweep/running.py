@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from toolkit.launch.capacity import capacity_here
 from toolkit.launch.workers import toolkit_command
 from toolkit.runs.registry import has_trained
 from toolkit.runs.status import RunRecord, current_state, read_status, record_of
+from toolkit.threads import Thread
 
 Need = Literal["new", "resume", "retry", "finished", "failed", "running"]
 """What a point needs; the last three are left alone."""
@@ -195,7 +195,7 @@ class _Job:
         self, command: Sequence[str], environ: Mapping[str, str], prefix: str | None
     ) -> None:
         self.environ = environ
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         try:
             # A session of its own: what a terminal sends comes once, through us.
             self.process = subprocess.Popen(
@@ -210,9 +210,7 @@ class _Job:
             raise RunError(f"a run cannot be started: {error.strerror}; see `ulimit -u`") from None
         if prefix is not None:
             assert self.process.stdout is not None
-            self._thread = threading.Thread(
-                target=_pass_on, args=(self.process.stdout, prefix), daemon=True
-            )
+            self._thread = Thread(target=_pass_on, args=(self.process.stdout, prefix), daemon=True)
             self._thread.start()
 
     def send(self, reason: str) -> None:
