@@ -21,6 +21,7 @@ _REFERENCE = re.compile(r"\$(?P<escape>\$?)\{(?P<name>[A-Za-z_]\w*)\}")
 _PROSE_FIELDS = {
     "description", "chat_template", "system_prompt", "text_template", "prompts", "prompt",
 }  # fmt: skip
+_MIXES = "docs/recipes.md#mixes"
 
 T = TypeVar("T", bound=Config)
 
@@ -77,10 +78,12 @@ def _fill(value: Any, environ: Mapping[str, str], path: str) -> Any:
         if match["escape"]:
             return f"${{{name}}}"
         if name not in environ:
-            problem = (
-                f"${{{name}}}: the environment variable {name} is not set; export it, or write "
-                f"$${{{name}}} for that text itself"
+            advice = (
+                f"export it ({_MIXES} says what the mixes that come along need)"
+                if path.startswith("dataset.mix.")
+                else f"export it, or write $${{{name}}} for that text itself"
             )
+            problem = f"${{{name}}}: the environment variable {name} is not set; {advice}"
             raise ConfigError(problem, key=path)
         return environ[name]
 
