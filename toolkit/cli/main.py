@@ -196,9 +196,9 @@ def _run(args: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"toolkit {__version__}")
         return EXIT_DONE
-    for number in (1, 2):
-        if (name := " ".join(words[:number])) in _OTHER_NAMES:
-            rest = shlex.join(words[number:]) or ("CONFIG" if number == 1 else "RUN")
+    for length in (1, 2):
+        if (name := " ".join(words[:length])) in _OTHER_NAMES:
+            rest = shlex.join(words[length:]) or ("CONFIG" if length == 1 else "RUN")
             message = f"no such command: {name}; type: {_OTHER_NAMES[name].format(rest)}"
             return _report(message, EXIT_BAD_INPUT, debug=debug)
     try:

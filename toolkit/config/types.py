@@ -244,13 +244,13 @@ def expanded(data: Any, target: Any, path: str = "") -> Any:
     }
 
 
-def paths_to(target: Any, path: str) -> list[str]:
+def paths_to(target: Any, path: str, most: int | None = _MOST_PATHS) -> list[str]:
     """The full paths below `target` that end like `path`, or else in its last name: the shortest
     ones. Items of lists and mappings have none."""
     path = path.replace("-", "_")
     found = _paths_to(target, path.rpartition(".")[2], "", ())
     alike = [full for full in found if f".{full}".endswith(f".{path}")] or found
-    return sorted(alike, key=lambda full: (full.count("."), full))[:_MOST_PATHS]
+    return sorted(alike, key=lambda full: (full.count("."), full))[:most]
 
 
 def path_hint(target: Any, path: str) -> str:

@@ -178,7 +178,7 @@ class _Where:
         root, path = type_of(ExperimentConfig), self._path
         if not any(f".{full}".endswith(f".{path}") for full in paths_to(root, path)):
             hint = path_hint(root, path)
-            raise ConfigError(f"--where {path}: no such config value, also in no run here; {hint}")
+            raise ConfigError(f"--where {path}: no such config value, and no run has one; {hint}")
 
 
 def flat(config: Any, path: str = "") -> dict[str, Any]:

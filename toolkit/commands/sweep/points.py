@@ -96,7 +96,7 @@ def _full_path(typed: str) -> str:
     first, root = path.partition(".")[0], type_of(ExperimentConfig)
     if first in ExperimentConfig.__struct_fields__:
         return path  # whether there is such a value, the check of each point tells
-    alike = [full for full in paths_to(root, path) if f".{full}".endswith(f".{path}")]
+    alike = [full for full in paths_to(root, path, None) if f".{full}".endswith(f".{path}")]
     if len(alike) == 1:
         return alike[0]
     if alike:
