@@ -89,6 +89,8 @@ def test_comparison_shows_what_differs_and_where_losses_part(tmp_path):
     assert (second.compared, second.last_equal, second.first_step) == (4, 4, None)
     assert "run.name" in [d.path for d in compare.compare([a, b], everything=True).config]
     assert sum(map(len, compare.sections(compare.compare([a, c])).values())) == 0
+    null = [{"chosen": {"kernel": None}, "name": "single"}, {"name": "fsdp"}]
+    assert [d.path for d in compare.differences(null)] == ["name"]
     with pytest.raises(ConfigError, match="the same run stands there twice"):
         compare.compare([a, a])
 
