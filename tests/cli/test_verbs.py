@@ -144,3 +144,16 @@ def test_runs_list_says_where_a_run_is_whose_copy_here_is_gone(
     assert "missing" in one
     assert one.endswith(f"{run.folder}; mirrored at s3://b/one")
     assert old.endswith("e/old")
+
+
+def test_a_tag_may_have_any_letters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    start_run("exp", "one", root="runs").close("finished")
+    assert cli.run(["runs", "tag", "one", "+best", "+high", "-nosuch"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("one: best, high\n")
+    assert err.endswith("one: has no tag nosuch\n")
+    assert cli.run(["runs", "tag", "one", "-high"]) == 0
+    assert capsys.readouterr().out.endswith("one: best\n")
+    assert output(capsys, "runs", "tag", "-h").startswith("Usage: toolkit runs tag")
+    assert cli.run(["runs", "remove", "one"]) == 2
+    assert "type: toolkit runs rm one" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from toolkit.runs.lock import is_locked
 from toolkit.runs.notes import read_notes
 from toolkit.runs.registry import start_run
 from toolkit.runs.status import read_status
+from toolkit.train.progress import none_saved
 
 CONFIG = {"run": {"name": "x"}, "train_module": {"optim": {"lr": 0.001}}, "seed": 0}
 
@@ -47,6 +50,7 @@ def test_the_list_is_filtered_sorted_and_cut(tmp_path):
     assert names(tmp_path, name="c-*") == names(tmp_path, name="exp/c*") == ["c-1"]
     assert names(tmp_path, since="1h") == ["a", "b", "c-1"]
     assert names(tmp_path, where=["optim.lr=1e-3", "seed=0"]) == ["a"]
+    assert names(tmp_path, where=["optim.eps=1"]) == []  # there is such a value, in no run here
     assert names(tmp_path, sort="val-loss") == ["a", "b", "c-1"]  # nan comes last
     assert names(tmp_path, sort="val-loss", reverse=True, limit=1) == ["b"]
     assert names(tmp_path, limit=1) == ["c-1"]
@@ -56,6 +60,7 @@ def test_the_list_is_filtered_sorted_and_cut(tmp_path):
         ({"since": "soon"}, "--since soon: write a number and s, m, h, d or w"),
         ({"where": ["lr"]}, "--where lr: write PATH=VALUE"),
         ({"limit": 0}, "--limit 0: give 1 or more"),
+        ({"where": ["optim.lrr=1"]}, r"no such config value, .* mean train_module\.optim\.lr\?"),
     ):
         with pytest.raises(ConfigError, match=said):
             names(tmp_path, **wrong)
@@ -77,11 +82,15 @@ def test_comparison_shows_what_differs_and_where_losses_part(tmp_path):
     first, second = found.partings
     assert (first.compared, first.last_equal, first.first_step) == (4, 2, 3)
     assert (first.losses, first.beyond_step, first.largest) == ((2.0, 2.0 + 1e-6), 4, 0.5)
+    (b / RUN_FILES.origins).write_text('{"train_module.optim.lr": "--train_module.optim.lr=1e-2"}')
+    assert compare.shown(compare.compare([a, b]).config[0], 1) == "0.01 (flag)"
     lines = compare.parting_lines("B", first, 1e-3)
     assert lines[1] == f"   its batch: toolkit batch {b} 3"
     assert (second.compared, second.last_equal, second.first_step) == (4, 4, None)
     assert "run.name" in [d.path for d in compare.compare([a, b], everything=True).config]
     assert sum(map(len, compare.sections(compare.compare([a, c])).values())) == 0
+    null = [{"chosen": {"kernel": None}, "name": "single"}, {"name": "fsdp"}]
+    assert [d.path for d in compare.differences(null)] == ["name"]
     with pytest.raises(ConfigError, match="the same run stands there twice"):
         compare.compare([a, a])
 
@@ -217,7 +226,9 @@ def test_an_archive_is_the_run_again(tmp_path, ending):
     assert other.place == str(again)
     before = everything(folder)
     del before["checkpoints/step1/.metadata.json"]
-    assert everything(again) == before
+    after = everything(again)
+    assert json.loads(after.pop(RUN_FILES.archive)) == {"left_out": done.left_out}
+    assert after == before
     for change, said in (
         (lambda: archive.restore(str(out), None, root=str(tmp_path / "again")), "exists"),
         (lambda: archive.archive(folder, str(out)), "exists; give a name that is free"),
@@ -226,6 +237,26 @@ def test_an_archive_is_the_run_again(tmp_path, ending):
             change()
     bare = archive.archive(folder, str(tmp_path / f"b.{ending}"), checkpoints="none")
     assert bare.left_out == ["checkpoints"]
+
+
+def test_a_run_restored_beside_its_original_is_another_run(tmp_path):
+    folder = make_run(tmp_path, "one", losses=[1.0])
+    archive.archive(folder, str(tmp_path / "a.tar"), checkpoints="none")
+    copy = tmp_path / "exp" / "copy"
+    archive.restore(str(tmp_path / "a.tar"), str(copy), root=str(tmp_path))
+    one, other = read_status(folder), read_status(copy)
+    assert one.id != other.id
+    assert (one.name, other.name) == ("one", "copy")
+    found = {name: listing.listing.find_run(name, root=tmp_path) for name in ("one", "copy")}
+    assert found == {"one": folder, "copy": copy}
+    assert "restored from an archive without checkpoints" in none_saved(copy, no_checkpoints=False)
+    assert none_saved(folder, no_checkpoints=False) == "it was never saved"
+    places.remove(folder, root=str(tmp_path), registry_url=None)
+    again = archive.restore(str(tmp_path / "a.tar"), None, root=str(tmp_path))
+    assert read_status(Path(again.place)).id == one.id
+    shutil.copytree(folder, tmp_path / "exp" / "same")  # by other means: the same id and name
+    for name in ("one", one.id):
+        assert listing.listing.find_run(name, root=tmp_path) == folder
 
 
 def test_a_damaged_archive_restores_nothing(tmp_path):

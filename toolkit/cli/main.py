@@ -82,8 +82,10 @@ _OTHER_NAMES = {
     "dry-run": "toolkit train {} --dry-run",
     "prep": "toolkit prepare {}",
     "train_single": "toolkit train {}",
+    "runs remove": "toolkit runs rm {}",
+    "runs delete": "toolkit runs rm {}",
 }
-"""Verbs of OLMo-core's scripts, and the command that does the same."""
+"""Verbs of OLMo-core's scripts and other words, and the command that does the same."""
 
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 """What the operating system says of a path that cannot be one, or is not ours."""
@@ -194,10 +196,11 @@ def _run(args: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"toolkit {__version__}")
         return EXIT_DONE
-    if words[0] in _OTHER_NAMES:
-        command = _OTHER_NAMES[words[0]].format(shlex.join(words[1:]) or "CONFIG")
-        message = f"no such command: {words[0]}; type: {command}"
-        return _report(message, EXIT_BAD_INPUT, debug=debug)
+    for length in (1, 2):
+        if (name := " ".join(words[:length])) in _OTHER_NAMES:
+            rest = shlex.join(words[length:]) or ("CONFIG" if length == 1 else "RUN")
+            message = f"no such command: {name}; type: {_OTHER_NAMES[name].format(rest)}"
+            return _report(message, EXIT_BAD_INPUT, debug=debug)
     try:
         # Who starts processes itself is one process of each machine, whatever `srun` says.
         if not any(word.partition("=")[0] == "--processes" for word in words):

@@ -3,9 +3,10 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from toolkit import commands
 from toolkit.cli import runs_folders
@@ -240,6 +241,8 @@ def compare(
         typer.echo(typer.style("\ntraining loss", bold=True))
         for line in commands.runs.curves.overlay(curves):
             typer.echo(line)
+        if len(curves) > 1:
+            typer.echo("*: curves coincide")
     typer.echo("")
     for letter, parting in zip(letters[1:], found.partings, strict=False):
         for line in commands.runs.compare.parting_lines(letter, parting, tolerance):
@@ -306,7 +309,17 @@ def _difference_row(difference: "Difference") -> list[str]:
     return [visible(difference.path), *map(visible, shown)]
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+class _TagCommand(TyperCommand):
+    """`-TAG` takes a tag away, whatever letters it has: -h asks for help only where it is alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--help"] if args == ["-h"] else args)
+
+
+@app.command(
+    cls=_TagCommand,
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
+)
 def tag(
     run: Run,
     tags: Annotated[list[str], argument("Add +x, remove -y.", metavar="+TAG|-TAG...")],
@@ -321,7 +334,10 @@ def tag(
       toolkit runs tag first -paper
     """
     folder = commands.runs.named.run_to_change(run, root, registry)
+    lacking = commands.runs.places.lacking(folder, tags)
     notes = commands.runs.places.tag(folder, tags, root=root, registry_url=registry)
+    if lacking:
+        typer.echo(visible(f"{folder}: has no tag {', '.join(lacking)}"), err=True)
     typer.echo(f"{folder}: {', '.join(notes.tags) or 'no tags'}")
 
 

@@ -112,6 +112,8 @@ def sweep(
     found = commands.sweep.running.outcomes(points)
     if json:
         print_json(commands.sweep.running.as_json(found))
+    elif dry_run:
+        _print_points(found)
     else:
         _print(found)
     return code
@@ -123,6 +125,16 @@ def _say(text: str) -> None:
 
 def _words(flags: Mapping[str, str | int | None]) -> list[str]:
     return [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+
+
+def _print_points(found: "list[Outcome]") -> None:
+    values = [[f"{path}={text}" for path, text in outcome.values.items()] for outcome in found]
+    rows = [
+        [visible(outcome.name), outcome.state, visible(" ".join(pairs)), visible(outcome.folder)]
+        for outcome, pairs in zip(found, values, strict=True)
+    ]
+    print_table(["run", "state", "values", "folder"], rows)
+    typer.echo(f"{count(len(found), 'run')}; nothing was written")
 
 
 def _print(found: "list[Outcome]") -> None:

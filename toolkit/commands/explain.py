@@ -153,7 +153,7 @@ def _look(
     start, loader = None, None
     is_saved = saved_steps(own) or trainer.load_path or trainer.callbacks.checkpointer.upload_to
     if not is_saved and not trainer.start_anew and (reached := reached_step(folder)):
-        refused.add(refusal(folder, reached, none_saved(trainer.no_checkpoints)))
+        refused.add(refusal(folder, reached, none_saved(folder, trainer.no_checkpoints)))
     if not is_saved and config.dataset.mix is None:
         refused.ask(lambda: check_load_options(config))
         return _Found()

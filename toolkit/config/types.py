@@ -244,21 +244,38 @@ def expanded(data: Any, target: Any, path: str = "") -> Any:
     }
 
 
-def paths_to(target: Any, path: str) -> list[str]:
+def paths_to(target: Any, path: str, most: int | None = _MOST_PATHS) -> list[str]:
     """The full paths below `target` that end like `path`, or else in its last name: the shortest
     ones. Items of lists and mappings have none."""
     path = path.replace("-", "_")
     found = _paths_to(target, path.rpartition(".")[2], "", ())
     alike = [full for full in found if f".{full}".endswith(f".{path}")] or found
-    return sorted(alike, key=lambda full: (full.count("."), full))[:_MOST_PATHS]
+    return sorted(alike, key=lambda full: (full.count("."), full))[:most]
 
 
-def _paths_to(target: Any, name: str, path: str, above: tuple[type, ...]) -> list[str]:
+def path_hint(target: Any, path: str) -> str:
+    """What to type in place of `path`, to which nothing below `target` leads."""
+    near = paths_to(target, path)
+    if not near:
+        parent, _, last = path.replace("-", "_").rpartition(".")
+        known: dict[str, list[str]] = {}
+        for full in _paths_to(target, None, "", ()):
+            above, _, name = full.rpartition(".")
+            if not parent or f".{above}".endswith(f".{parent}"):
+                known.setdefault(name, []).append(full)
+        near = known.get(nearest(last, known) or "", [])[:_MOST_PATHS]
+    return f"did you mean {' or '.join(near)}?" if near else "`toolkit schema` lists all"
+
+
+def _paths_to(target: Any, name: str | None, path: str, above: tuple[type, ...]) -> list[str]:
+    """The paths whose last name is `name`, or all."""
     found = []
+    if path and (tag := tag_field(target)) and name in (tag, None):
+        found.append(join(path, tag))
     for struct in struct_types(target):
         for field in struct.fields if struct.cls not in above else ():
             here = join(path, field.encode_name)
-            if field.encode_name == name:
+            if name in (field.encode_name, None):
                 found.append(here)
             found += _paths_to(field.type, name, here, (*above, struct.cls))
     return list(dict.fromkeys(found))

@@ -46,6 +46,8 @@ class RunFiles(msgspec.Struct, frozen=True):
     """State, step, attempt; see `RunStatus`."""
     notes: str = "metadata/notes.json"
     """Tags and a note, by `toolkit runs tag` and `note`; absent where there are none."""
+    archive: str = "metadata/archive.json"
+    """What an archive left out of the run, in a folder that was restored from it."""
     lock: str = "metadata/lock"
     """A lock of the operating system, held while a writer takes or takes over the run."""
     lock_info: str = "metadata/lock.json"

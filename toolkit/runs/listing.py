@@ -70,6 +70,8 @@ def _named(text: str, root: str | Path, registry_url: str | None) -> list[str]:
     named = named or [(run, rest) for run in runs if run.name == first]
     if not named and _ID.match(first):
         named = [(run, rest) for run in runs if str(run.id).startswith(first)]
+    if len({run.id for run, _ in named}) == 1:  # copies of one run: the one that kept its folder
+        named = [(run, p) for run, p in named if Path(run.folder).name == run.name] or named
     if len(named) > 1:
         shown = [f"{run.folder} ({run.id})" for run, _ in named[:_MOST_SHOWN]]
         more = f" and {len(named) - len(shown)} more" if len(named) > len(shown) else ""

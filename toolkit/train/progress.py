@@ -1,16 +1,27 @@
 """How far a run has come, and what to say where it has no checkpoint to go on from. No torch."""
 
+import contextlib
 import difflib
 from pathlib import Path
 
+import msgspec
+
 from toolkit.checkpoint.folder import kind_of, move_aside, saved_steps, step_folder, step_folders
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, RunError
 from toolkit.metrics.lines import last_record
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import unused_name
+from toolkit.storage.foreign import read_json
 from toolkit.train.config import TrainerConfig
 from toolkit.wording import count
+
+
+class _Archive(msgspec.Struct):
+    """What is asked of metadata/archive.json."""
+
+    left_out: list[str] = []
+
 
 START_ANEW = "--trainer.start_anew"
 
@@ -34,8 +45,17 @@ def refusal(folder: Path, reached: int, why: str, start: str = "step 0") -> Chec
     )
 
 
-def none_saved(no_checkpoints: bool) -> str:
+def none_saved(folder: Path, no_checkpoints: bool) -> str:
     """Why there is none, of a run without any folder of a checkpoint."""
+    with contextlib.suppress(OSError, RunError):
+        if (
+            RUN_FILES.checkpoints
+            in read_json(folder / RUN_FILES.archive, RunError, _Archive).left_out
+        ):
+            return (
+                "this folder was restored from an archive without checkpoints; go on from the "
+                "original run, or from an archive that holds them"
+            )
     return "trainer.no_checkpoints is true" if no_checkpoints else "it was never saved"
 
 

@@ -77,7 +77,7 @@ def find_start(
         return Start(found, weights_only=False, rejected=rejected, base=base)
     start = _find_given(config, look, adapts=adapts)
     if reached and not config.start_anew and reached > (step := first_step(start)):
-        why = problem_of(rejected[0]) if rejected else none_saved(config.no_checkpoints)
+        why = problem_of(rejected[0]) if rejected else none_saved(own.parent, config.no_checkpoints)
         where = f"step {step:,}" if start is None else f"trainer.load_path ({start.checkpoint})"
         raise refusal(own.parent, reached, str(why), where)
     return None if start is None else start._replace(rejected=rejected)

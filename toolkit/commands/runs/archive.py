@@ -7,6 +7,7 @@ its size and hash, and what was left out. It is read back before it gets its nam
 import contextlib
 import io
 import os
+import secrets
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from typing import IO, Any, Literal
 import msgspec
 import xxhash
 
-from toolkit.commands.runs.places import LOCK_FILES, held, register
+from toolkit.commands.runs.places import LOCK_FILES, follow_names, held, register
 from toolkit.config.paths import local_path
 from toolkit.errors import ConfigError, RunError, TrainingError
 from toolkit.runs.facts import saved_checkpoints
 from toolkit.runs.files import RUN_FILES
+from toolkit.runs.listing import list_runs
 from toolkit.runs.registry import absolute
-from toolkit.runs.status import read_status
+from toolkit.runs.status import id_of, read_status
 from toolkit.storage.atomic import (
     TEMPORARY_SUFFIX,
     encode_json,
@@ -31,6 +33,7 @@ from toolkit.storage.atomic import (
     publish_folder,
     remove_tree,
     temporary_path,
+    write_json_atomic,
 )
 from toolkit.storage.foreign import MAX_BYTES, decode_json, guard
 from toolkit.wording import count
@@ -38,7 +41,7 @@ from toolkit.wording import count
 Kept = Literal["all", "last", "none"]
 """Checkpoints in an archive; "none" leaves out every folder of weights."""
 
-MANIFEST = "metadata/archive.json"
+MANIFEST = RUN_FILES.archive
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _WEIGHTS = (RUN_FILES.checkpoints, RUN_FILES.merged, RUN_FILES.exports, RUN_FILES.downloads)
 _BLOCK = 1 << 20
@@ -115,6 +118,9 @@ def archive(folder: Path, out: str, *, checkpoints: Kept = "all") -> Archived:
 def restore(file: str, dest: str | None, *, root: str) -> Archived:
     """Make a run folder of the archive `file`: `dest`, or by default `root/EXPERIMENT/NAME`.
 
+    Where the run that was archived is still there, this is another one: it gets an id of its own,
+    and is called as its folder.
+
     Raises:
         ConfigError: `file` has an ending that is none of an archive.
         RunError: it is no archive of a run, is damaged, or the folder exists.
@@ -141,9 +147,20 @@ def restore(file: str, dest: str | None, *, root: str) -> Archived:
             raise RunError(
                 f"{target}: exists; give another folder: toolkit runs restore {file} DEST"
             )
+        own_id = status.id or id_of(status.created, status.experiment, status.name)
+        others = [run for run in list_runs(root, check=False) if run.id == own_id]
+        is_copy = any(read_status(Path(run.folder)) is not None for run in others)
         with guard(target, TrainingError, problem="cannot be written"):
+            if manifest.left_out:
+                left_out = {"left_out": manifest.left_out}
+                write_json_atomic(unfinished / MANIFEST, left_out)
+            if is_copy:
+                copy = msgspec.structs.replace(status, id=secrets.token_hex(4))
+                write_json_atomic(unfinished / RUN_FILES.status, copy)
             target.parent.mkdir(parents=True, exist_ok=True)
             publish_folder(unfinished, target)
+            if is_copy:
+                follow_names(absolute(root) / status.experiment / status.name, target)
     finally:
         with contextlib.suppress(OSError):
             remove_tree(unfinished)

@@ -127,9 +127,9 @@ def differences(
     found = []
     for path in dict.fromkeys(path for values in flats for path in values):
         values = [values.get(path, UNSET) for values in flats]
-        if any(not _same(value, values[0]) for value in values) and not path.startswith(
-            tuple(left_out)
-        ):
+        if all(value in (None, UNSET) for value in values) or path.startswith(tuple(left_out)):
+            continue  # null and absent say the same
+        if any(not _same(value, values[0]) for value in values):
             found.append(Difference(path, values, [_origin(known, path) for known in origins]))
     return found
 
@@ -173,8 +173,10 @@ def shown(difference: Difference, number: int, *, whole: bool = False) -> str:
     if len(text) > _LONGEST and not whole:
         text = f"{text[:_LONGEST]}..."
     origin = difference.origins[number] if difference.origins else ""
-    if not origin or origin.startswith(f"--{difference.path}="):
+    if not origin:
         return text
+    if origin.startswith(f"--{difference.path}="):
+        return f"{text} (flag)"
     return f"{text} ({origin.partition('=')[0] if origin.startswith('--') else origin})"
 
 

@@ -13,7 +13,7 @@ import msgspec
 from toolkit.commands.runs.sweeping import sweep
 from toolkit.config.overrides import parse_value
 from toolkit.config.paths import local_path
-from toolkit.config.types import nearest
+from toolkit.config.types import nearest, path_hint, paths_to, type_of
 from toolkit.errors import ConfigError, RunError
 from toolkit.runs import listing
 from toolkit.runs.files import RUN_FILES
@@ -70,7 +70,7 @@ def list_all(
         ConfigError: the root is not there, or what is wanted says nothing that runs have.
     """
     wanted = wanted or Wanted()
-    fits = _filters(wanted)
+    fits, places = _filters(wanted), [_Where(text) for text in wanted.where]
     if is_url(root):
         from toolkit.launch.remote_run import runs_at
 
@@ -78,7 +78,10 @@ def list_all(
     else:
         check_root(root)
         runs = listing.list_runs(root, registry_url=registry_url, check=check)
-    return _sorted([run for run in runs if all(fit(run) for fit in fits)], wanted)
+    runs = [run for run in runs if all(fit(run) for fit in fits)]
+    for place in places:  # last: it reads a file of each run that is left
+        runs = place.among(runs)
+    return _sorted(runs, wanted)
 
 
 def as_json(record: RunRecord) -> dict[str, Any]:
@@ -138,26 +141,44 @@ def _filters(wanted: Wanted) -> list[Callable[[RunRecord], bool]]:
     if wanted.since is not None:
         oldest = time.time() - span_seconds(wanted.since, "--since")
         fits.append(lambda run: (unix_seconds(run.created) or -math.inf) >= oldest)
-    for text in wanted.where:  # last: it reads a file of each run that is left
-        path, equals, value = text.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--where {text}: write PATH=VALUE, as in optim.lr=1e-3")
-        fits.append(_where(path.removeprefix("--"), value))
     return fits
 
 
-def _where(path: str, text: str) -> Callable[[RunRecord], bool]:
-    value, ending = parse_value(text, None, "--where"), f".{path}"
+class _Where:
+    """One `--where`."""
 
-    def fits(run: RunRecord) -> bool:
+    def __init__(self, typed: str) -> None:
+        path, equals, self._text = typed.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--where {typed}: write PATH=VALUE, as in optim.lr=1e-3")
+        self._path = path.removeprefix("--")
+        self._value = parse_value(self._text, None, "--where")
+
+    def among(self, runs: Sequence[RunRecord]) -> list[RunRecord]:
+        """The runs whose config has the value. Raises ConfigError where no config has the path."""
+        found = [(run, self._values(run)) for run in runs]
+        if not any(values for _, values in found):
+            self._check()
+        return [
+            run
+            for run, values in found
+            if any(own == self._value or str(own) == self._text for own in values)
+        ]
+
+    def _values(self, run: RunRecord) -> list[Any]:
         try:
             config = read_json(Path(run.folder) / RUN_FILES.config, RunError)
         except (OSError, RunError):
-            return False
-        found = [v for p, v in flat(config).items() if f".{p}".endswith(ending)]
-        return any(own == value or str(own) == text for own in found)
+            return []
+        return [v for p, v in flat(config).items() if f".{p}".endswith(f".{self._path}")]
 
-    return fits
+    def _check(self) -> None:
+        from toolkit.experiment.config import ExperimentConfig  # a list needs it only here
+
+        root, path = type_of(ExperimentConfig), self._path
+        if not any(f".{full}".endswith(f".{path}") for full in paths_to(root, path)):
+            hint = path_hint(root, path)
+            raise ConfigError(f"--where {path}: no such config value, and no run has one; {hint}")
 
 
 def flat(config: Any, path: str = "") -> dict[str, Any]:

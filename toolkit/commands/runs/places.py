@@ -20,7 +20,7 @@ from toolkit.errors import ConfigError, RunError, TrainingError
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.index import REGISTRY, registry_url_of, update_index
 from toolkit.runs.lock import RunLock, is_locked, read_lock_info
-from toolkit.runs.notes import Notes, change_note, change_tags
+from toolkit.runs.notes import Notes, change_note, change_tags, read_notes
 from toolkit.runs.registry import absolute, is_run
 from toolkit.runs.status import id_of, mirror_of, not_a_run, read_status, record_of
 from toolkit.storage.atomic import (
@@ -117,7 +117,7 @@ def move(folder: Path, dest: str, *, root: str, registry_url: str | None) -> Pat
         for parent in (folder.parent, target.parent):
             fsync_folder(parent)
         (target / RUN_FILES.lock_info).unlink(missing_ok=True)
-        _follow_names(folder, target)
+        follow_names(folder, target)
     if (target.parent.parent / REGISTRY).exists():
         urls = [*urls, registry_url_of(target.parent.parent)]
     _tell(dict.fromkeys(urls), gone=folder, now=target)
@@ -135,6 +135,12 @@ def tag(folder: Path, words: Collection[str], *, root: str, registry_url: str | 
     notes = change_tags(folder, add, [word[1:] for word in words if word[0] == "-"])
     _tell(_registries(folder, root, registry_url), now=absolute(folder))
     return notes
+
+
+def lacking(folder: Path, words: Collection[str]) -> list[str]:
+    """The tags that `-x` among `words` would remove, and the run does not have."""
+    tags = read_notes(folder).tags
+    return [word[1:] for word in words if word[:1] == "-" and word[1:] not in tags]
 
 
 def note(folder: Path, text: str, *, root: str, registry_url: str | None) -> Notes:
@@ -171,7 +177,7 @@ def _tell(urls: Collection[str], *, gone: Path | None = None, now: Path | None =
         )
 
 
-def _follow_names(before: Path, folder: Path) -> None:
+def follow_names(before: Path, folder: Path) -> None:
     """Call the run as its folders are called, where it was so before."""
     status = read_status(folder)
     if status is None or mirror_of(folder) is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from toolkit.commands.load import load
 from toolkit.config.overrides import parse_value
 from toolkit.config.paths import LONGEST_NAME, path_problem
-from toolkit.config.types import nearest, paths_to, type_of
+from toolkit.config.types import path_hint, paths_to, type_of
 from toolkit.errors import BadInputError, ConfigError, SeveralErrors
 from toolkit.experiment.changes import config_changes
 from toolkit.experiment.config import ExperimentConfig
@@ -81,7 +81,9 @@ def _axis(text: str) -> Axis:
     for value_text in texts:
         value = parse_value(value_text, None, f"--grid {typed}")
         if value in known:
-            raise ConfigError(f"--grid {text}: {value_text} stands there twice")
+            same = texts[known.index(value)]
+            twice = "stands there twice" if same == value_text else f"is the same value as {same}"
+            raise ConfigError(f"--grid {text}: {value_text} {twice}")
         known.append(value)
     return Axis(path, tuple(texts), typed)
 
@@ -94,16 +96,12 @@ def _full_path(typed: str) -> str:
     first, root = path.partition(".")[0], type_of(ExperimentConfig)
     if first in ExperimentConfig.__struct_fields__:
         return path  # whether there is such a value, the check of each point tells
-    alike = [full for full in paths_to(root, path) if f".{full}".endswith(f".{path}")]
+    alike = [full for full in paths_to(root, path, None) if f".{full}".endswith(f".{path}")]
     if len(alike) == 1:
         return alike[0]
     if alike:
         raise ConfigError(f"--grid {typed}: could be {' or '.join(alike)}; write one of them")
-    near = paths_to(root, path) or [
-        word for word in [nearest(first, ExperimentConfig.__struct_fields__)] if word
-    ]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`toolkit schema` lists all"
-    raise ConfigError(f"--grid {typed}: no such config value; {hint}")
+    raise ConfigError(f"--grid {typed}: no such config value; {path_hint(root, path)}")
 
 
 def _split(text: str) -> list[str]:
