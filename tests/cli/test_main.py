@@ -64,6 +64,8 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("train smoke --json", "--json belongs to --dry-run; "),
         ("train smoke --dry-run --train_module.optim.lrr=1",
          "train_module.optim.lrr: no such field; did you mean 'lr'?"),
+        ("recipes olmo2", "No such command 'olmo2'. `toolkit recipes --help` lists them."),
+        ("recipes list nope", "no recipe has 'nope' in its name; `toolkit recipes` lists them"),
         ("recipes show smok", "smok: no such recipe; did you mean 'smoke'?"),
         ("recipes copy fdsp.yaml", "fdsp.yaml: no such recipe; did you mean 'fsdp.yaml'?"),
         ("train smoke --processes 10000", "--processes 10000: this machine has "),

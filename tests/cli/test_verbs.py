@@ -23,7 +23,10 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return capsys.readouterr().out
 
 
-def test_recipes_lists_all_with_size_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_all_with_size_and_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     header, *rows, _, files = output(capsys, "recipes").splitlines()
     assert files.startswith("for `accelerate launch --config_file`")
     assert "fsdp.yaml" in files
@@ -32,6 +35,26 @@ def test_recipes_lists_all_with_size_and_needs(capsys: pytest.CaptureFixture[str
     assert set(cells) == set(recipe_names())
     assert cells["quickstart"] == ["2,557,632", "256", "nothing"]
     assert cells["llama3_8B"] == ["8,030,261,248", "8192", "download"]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_recipes_fit_a_terminal_and_are_found_by_a_part_of_the_name(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = output(capsys, "recipes", "list", "olmo2")
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = output(capsys, "recipes", "list", "olmo2")
+    assert max(map(len, told.splitlines())) <= width < max(map(len, whole.splitlines()))
+    table, files = told.split("\n\n")
+    names = [line.split()[0] for line in table.splitlines() if not line.startswith(" ")]
+    wanted = {name for name in recipe_names() if "olmo2" in name.lower().replace("-", "")}
+    assert set(names) - {"recipe"} == wanted
+    assert "official/OLMo-2-1124-7B-stage1" in names
+    for text in ("hsdp.yaml", "zero2.json"):
+        assert text in files
+    words = set(whole.replace(",", "").split())
+    assert words <= set(told.replace(",", "").split()) | {"recipe", "what", "for", "-"}
 
 
 def test_recipes_show_and_copy_give_the_file_itself(

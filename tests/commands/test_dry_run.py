@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.commands import dry_run
 from toolkit.commands.dry_run import summarize
 from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.load import load_experiment
+from toolkit.launch.capacity import Capacity
 
 TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "0"}
 
@@ -190,3 +192,18 @@ def test_attention_kernels_of_gpus_are_refused_on_cpus(
 def test_more_threads_than_can_be_started_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer.num_threads: 100000 threads are more than 4"):
         lines("--trainer.num_threads=100000")
+
+
+@pytest.mark.parametrize(("ranks", "needed"), [("1", "18.6 GiB; "), ("2", "37.3 GiB; ")])
+def test_it_tells_of_a_model_that_this_machine_cannot_hold(
+    ranks: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "capacity_here", lambda *_: Capacity(1, "one core"))
+    own = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": "0"}
+    size = "--data_loader.global_batch_size=8192"
+    for free, is_told in ((2**33, True), (2**40, False)):
+        monkeypatch.setattr(dry_run, "free_memory", lambda free=free: free)
+        shown = lines("--model={preset: olmo2_1B}", size, environ=own)
+        told = [line for line in shown if "; this machine has 8.0 GiB free" in line]
+        assert bool(told) is is_told, told
+        assert all(line.startswith(f"here needs at least {needed}") for line in told)

@@ -19,9 +19,11 @@ from toolkit.cli.options import (
 )
 from toolkit.cli.printing import print_json, print_table
 from toolkit.errors import EXIT_DONE, ConfigError
+from toolkit.wording import count, labelled
 
 if TYPE_CHECKING:
     from toolkit.commands.ladder import Finished, Ladder, Law
+    from toolkit.distributed.layout import Layout
 
 
 def ladder(
@@ -66,7 +68,7 @@ def ladder(
 
     \b
     Examples:
-      toolkit ladder quickstart --sizes 300k,1M --tokens-per-parameter 10,20 --dry-run
+      toolkit ladder quickstart --sizes 300k,1M,3M --tokens-per-parameter 10,20 --dry-run
       toolkit ladder llama_271M --sizes 4M,10M,30M --out runs/ladder --processes 8
       toolkit ladder llama_271M --sizes 4M,10M,30M --out runs/ladder --fit --predict 1B:20B
     """
@@ -86,7 +88,7 @@ def ladder(
     wanted = _targets(predict)
     folder = out if out is not None else Path("runs") / plan.experiment
     if dry_run:
-        _show_plan(plan, json=json)
+        _show_plan(plan, folder, parts.layout_of_runs(plan.rungs, processes, engine), json=json)
         return EXIT_DONE
     if not fit:
         options = [*_option("--processes", processes), *_option("--engine", engine)]
@@ -107,7 +109,8 @@ def ladder(
         )
     except ConfigError as error:
         if fit:
-            raise
+            found = f"{len(done)} of {count(len(plan.rungs), 'run')} done"
+            raise ConfigError(f"{folder}: {found}; {error}") from None
         typer.echo(f"no law: {error}", err=json)  # the runs are done all the same
         return EXIT_DONE
     if plot is not None:
@@ -133,7 +136,8 @@ def _targets(predict: str | None) -> list[tuple[int, int]]:
     return found
 
 
-def _show_plan(plan: "Ladder", *, json: bool) -> None:
+def _show_plan(plan: "Ladder", folder: Path, layout: "Layout", *, json: bool) -> None:
+    done = {run.rung.name for run in commands.ladder.finished_runs(plan.rungs, folder)}
     rows: list[dict[str, Any]] = []
     for rung in plan.rungs:
         model, module = rung.config.model.to_transformer(), rung.config.train_module
@@ -147,13 +151,23 @@ def _show_plan(plan: "Ladder", *, json: bool) -> None:
                 "tokens": rung.tokens,
                 "batch": rung.config.data_loader.global_batch_size,
                 "steps": rung.steps,
+                "warmup": round(module.scheduler.length_of_warmup(rung.steps)),
                 "lr": module.optim.lr,
                 "flops": rung.flops,
             }
         )
     total = sum(rung.flops for rung in plan.rungs)
     if json:
-        print_json({"experiment": plan.experiment, "runs": rows, "flops": total})
+        print_json(
+            {
+                "experiment": plan.experiment,
+                "folder": str(folder),
+                "engine": layout.name,
+                "processes": layout.world_size,
+                "runs": [row | {"done": row["run"] in done} for row in rows],
+                "flops": total,
+            }
+        )
         return
     header = [name.replace("flops", "FLOPs") for name in rows[0]]
     cells = [
@@ -164,6 +178,17 @@ def _show_plan(plan: "Ladder", *, json: bool) -> None:
         for row in rows
     ]
     print_table(header, cells, right=header[1:])
+    here = f"{folder}: {len(done)} of {count(len(rows), 'run')} done"
+    if done:
+        here += f" ({', '.join(rung.name for rung in plan.rungs if rung.name in done)})"
+    lack = commands.ladder.lacking([row["weights"] for row in rows], [r["tokens"] for r in rows])
+    about = [
+        ("folder", [here]),
+        ("each run", [f"{layout.description}, {count(layout.world_size, 'process')}"]),
+        ("sizes", ["as near as whole layers and heads come at the config's d_model / num_layers"]),
+        ("note", [] if lack is None else [f"no law will come of these: {lack}"]),
+    ]
+    typer.echo("\n" + "\n".join(labelled(about)))
     typer.echo(f"\n{total:.2e} FLOPs in all. Nothing was written.")
 
 

@@ -241,7 +241,8 @@ def _run(args: Sequence[str]) -> int:
     except _UsageError as error:
         message = error.format_message().replace("Value error, ", "")  # pydantic's word
         if message.startswith("No such command") and "Did you mean" not in message:
-            message += " `toolkit --help` lists them."
+            verb = error.ctx.command_path if error.ctx is not None else "toolkit"
+            message += f" `{verb} --help` lists them."
         return _report(message, EXIT_BAD_INPUT, debug=debug)
     except SeveralErrors as error:
         number = f"{len(error.errors)} problems, one a line:"

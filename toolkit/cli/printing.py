@@ -1,10 +1,12 @@
 """What several verbs print: tables, JSON, and instances as text.
 
-Everything is the same on a terminal and in a pipe, colours aside.
+Everything is the same on a terminal and in a pipe, colours and the width of prose aside.
 """
 
 import errno
 import itertools
+import shutil
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,20 @@ if TYPE_CHECKING:
 TARGET = ("[[", "]]")
 """Around tokens that the loss asks for, on every kind of terminal, as errors have them."""
 LEGEND = "[[ ]]: targets, the tokens that the loss asks for"
+_NARROWEST = 60
+"""Columns of prose, below which it goes under its row: the longest words have as many."""
 DOCUMENT_COLORS = ("cyan", "magenta")
 
 
 def print_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[str] = (),
+    ends_in_prose: bool = False,
 ) -> None:
+    """`ends_in_prose`: the last column is wrapped at the width of the terminal; where it has no
+    room beside the others, each row is a paragraph."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -38,9 +48,41 @@ def print_table(
         ]
         return "  ".join(padded).rstrip()
 
+    width = _terminal_width() if ends_in_prose else 0
+    room = width - sum(widths[:-1]) - 2 * len(widths[:-1])
+    if width and room < min(_NARROWEST, widths[-1]):
+        for name, *facts, prose in rows:
+            pairs = zip(header[1:-1], facts, strict=True)
+            told = ", ".join(f"{key} {fact}" for key, fact in pairs if fact != "-")
+            typer.echo(typer.style(name, bold=True))
+            for text in (told, prose):
+                print_prose(text, indent="    ")
+        return
     typer.echo(typer.style(line(header), bold=True))
-    for row in rows:
-        typer.echo(line(row))
+    for *cells, last in rows:
+        parts = textwrap.wrap(last, room, break_on_hyphens=False) if width else [last]
+        typer.echo(line([*cells, *(parts[:1] or [""])]))
+        for part in parts[1:]:
+            typer.echo(line([*("" for _ in cells), part]))
+
+
+def print_prose(text: str, *, indent: str = "") -> None:
+    """A paragraph, wrapped at the width of the terminal."""
+    if width := _terminal_width():
+        text = textwrap.fill(
+            text,
+            max(width, _NARROWEST),
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    typer.echo(text)
+
+
+def _terminal_width() -> int:
+    """In columns, COLUMNS before what the terminal says; 0 in a pipe without it: endless."""
+    return shutil.get_terminal_size((0, 0)).columns
 
 
 def cell(value: str | float | None, digits: str = ",", unknown: str = "-") -> str:

@@ -7,7 +7,8 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import argument
-from toolkit.cli.printing import print_table
+from toolkit.cli.printing import print_prose, print_table
+from toolkit.errors import ConfigError
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 RecipeName = Annotated[
@@ -22,6 +23,7 @@ def recipes(context: typer.Context) -> None:
     \b
     Examples:
       toolkit recipes
+      toolkit recipes list olmo2
       toolkit recipes show official/OLMo-2-0425-1B-stage1
       toolkit recipes copy gpt2_124M my.json
     """
@@ -30,14 +32,21 @@ def recipes(context: typer.Context) -> None:
 
 
 @app.command("list")
-def list_recipes() -> None:
-    """A table of all recipes.
+def list_recipes(
+    text: Annotated[str, argument("Only recipes with this in the name.", metavar="TEXT")] = "",
+) -> None:
+    """A table of all recipes, or of some.
 
     \b
     Examples:
       toolkit recipes list
+      toolkit recipes list olmo2
       toolkit train quickstart --dry-run
     """
+    plain = _plain(text)
+    recipes = [own for own in commands.recipes.describe_recipes() if plain in _plain(own.name)]
+    if not recipes:
+        raise ConfigError(f"no recipe has {text!r} in its name; `toolkit recipes` lists them all")
     print_table(
         ["recipe", "parameters", "sequence", "needs", "what for"],
         [
@@ -48,14 +57,21 @@ def list_recipes() -> None:
                 " and ".join(recipe.needs) or "nothing",
                 recipe.config.description,
             ]
-            for recipe in commands.recipes.describe_recipes()
+            for recipe in recipes
         ],
         right=["parameters", "sequence"],
+        ends_in_prose=True,
     )
-    typer.echo(
-        f"\nfor `accelerate launch --config_file`, with `toolkit recipes copy NAME`: "
+    typer.echo()
+    print_prose(
+        f"for `accelerate launch --config_file`, with `toolkit recipes copy NAME`: "
         f"{', '.join(commands.recipes.engine_files())}"
     )
+
+
+def _plain(name: str) -> str:
+    """`olmo2` finds `OLMo-2` too."""
+    return name.lower().replace("-", "")
 
 
 @app.command()

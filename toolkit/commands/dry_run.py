@@ -10,6 +10,9 @@ from typing import Any
 import msgspec
 
 from toolkit.commands.load import check_data_files
+from toolkit.commands.plan.devices import CPU, GIB, find_device
+from toolkit.commands.plan.memory import least_memory
+from toolkit.commands.plan.plans import Target, job_of
 from toolkit.config import DEFAULT_ORIGIN, leaves
 from toolkit.config.secrets import mask_secrets
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
@@ -18,7 +21,7 @@ from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.distributed.tuning import threads_asked_for
-from toolkit.errors import ConfigError, ErrorList
+from toolkit.errors import ConfigError, ErrorList, ToolkitError
 from toolkit.evaluate.tasks.names import check_names
 from toolkit.experiment.checks import (
     batches_of,
@@ -33,7 +36,7 @@ from toolkit.experiment.load import LoadedExperiment
 from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.notices import notices
 from toolkit.experiment.schedules import check_schedule_lengths
-from toolkit.launch.capacity import capacity_here
+from toolkit.launch.capacity import capacity_here, free_memory
 from toolkit.models.config import ModuleConfig
 from toolkit.models.parameters import describe_quantised, flops_per_token, quantised_layers
 from toolkit.optim.groups import describe_groups, group_records
@@ -63,7 +66,7 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
         ("ranks", _ranks(config, layout)),
         ("writes", _writes(config)),
         ("note", notices(config, batches_of(config, corpus), loaded.origins)),
-        ("here", _problems_here(config, layout)),
+        ("here", _problems_here(config, layout) + _shortage_here(config, layout, environ)),
     ]
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
@@ -293,6 +296,23 @@ def _problems_here(config: ExperimentConfig, layout: Layout) -> list[str]:
     found = ErrorList()
     found.ask(check_device, config, layout)
     return [f"refused on this machine: {error}" for error in found.errors]
+
+
+def _shortage_here(
+    config: ExperimentConfig, layout: Layout, environ: Mapping[str, str]
+) -> list[str]:
+    """Where this machine has no GPU and too little memory for what a run cannot do without."""
+    if isinstance(config.model, ModuleConfig):
+        return []
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1")))
+    try:
+        job = job_of(config, layout, Target(find_device(CPU, ranks), ranks))
+        needed, free = ranks * least_memory(job), free_memory()
+    except ToolkitError:  # of parts that no plan knows
+        return []
+    if needed <= free or capacity_here(environ).gpus:  # the latter may wait for torch
+        return []
+    return [f"needs at least {needed / GIB:.1f} GiB; this machine has {free / GIB:.1f} GiB free"]
 
 
 def _shown(value: Any) -> str:

@@ -179,9 +179,9 @@ def test_the_best_split_of_compute_is_the_best() -> None:
 
 
 def test_too_few_runs_and_losses_that_rise_make_no_law() -> None:
-    with pytest.raises(ConfigError, match="there are 6, of 2 sizes and 3"):
+    with pytest.raises(ConfigError, match="there are 6 runs of 2 sizes and 3 ratios"):
         fit_law(*runs_of_the_law((10**6, 10**7), (10, 20, 40)))
-    with pytest.raises(ConfigError, match="there are 6, of 6 sizes and 1"):
+    with pytest.raises(ConfigError, match="there are 6 runs of 6 sizes and 1 ratio "):
         fit_law(*runs_of_the_law(tuple(k * 10**6 for k in range(1, 7)), (20,)))
     sizes, tokens, losses = runs_of_the_law()
     with pytest.raises(ConfigError, match="do not fall"):
@@ -236,17 +236,37 @@ def test_the_verb_plans_fits_predicts_and_draws(
         "--out", "runs/mine",
     ]  # fmt: skip
     assert toolkit([*words, "--dry-run"]) == EXIT_DONE
-    header, *rows, _, total = capsys.readouterr().out.splitlines()
+    table, about, total = capsys.readouterr().out.split("\n\n")
+    header, *rows = table.splitlines()
+    folder, each, sizes = about.splitlines()  # and no note: they suffice for a law
+    assert folder.split(maxsplit=1) == ["folder", "runs/mine: 0 of 6 runs done"]
+    assert each.split(maxsplit=2)[2].endswith(", 1 process")
+    assert sizes.startswith("sizes  ")
+    assert "warmup" in header
     assert header.split()[:3] == ["run", "weights", "parameters"]
     names = ["1M-10", "1M-40", "4M-10", "4M-40", "10M-10", "10M-40"]
     assert [row.split()[0] for row in rows] == names
-    assert total.endswith("FLOPs in all. Nothing was written.")
+    assert total.endswith("FLOPs in all. Nothing was written.\n")
     assert not Path("runs").exists()
     assert toolkit([*words, "--fit"]) == EXIT_BAD_INPUT
-    assert "there are 0, of 0 sizes and 0" in capsys.readouterr().err
+    assert "runs/mine: 0 of 6 runs done; a law needs at least 6 runs, " in capsys.readouterr().err
     own = plan_ladder(load_experiment("quickstart"), [10**6, 4 * 10**6, 10**7], [10, 40]).rungs
     for rung in own:
         finish(rung, Path("runs/mine") / rung.name)
+    assert toolkit(["ladder", "--help"]) == EXIT_DONE
+    example = next(x for x in capsys.readouterr().out.splitlines() if x.endswith("--dry-run"))
+    assert toolkit(example.split()[1:]) == EXIT_DONE
+    assert "note" not in capsys.readouterr().out
+    few = [*words[:3], "1M,4M", *words[4:], "--processes", "2", "--engine", "fsdp", "--dry-run"]
+    assert toolkit(few) == EXIT_DONE
+    text = " ".join(capsys.readouterr().out.split())
+    assert "runs/mine: 4 of 4 runs done (1M-10, 1M-40, 4M-10, 4M-40) each run fsdp, 2" in text
+    assert "note no law will come of these: a law needs at least 6 runs, of 3 or more" in text
+    assert "there are 4 runs of 2 sizes and 2 ratios of tokens to size" in text
+    assert toolkit([*few, "--json"]) == EXIT_DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["folder"], plan["engine"], plan["processes"]) == ("runs/mine", "fsdp", 2)
+    assert all(run["done"] and 0 < run["warmup"] < run["steps"] for run in plan["runs"])
     asked = [*words, "--fit", "--predict", "1B:20B"]
     assert toolkit([*asked, "--json"]) == EXIT_DONE
     told = json.loads(capsys.readouterr().out)

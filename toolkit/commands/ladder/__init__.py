@@ -6,12 +6,13 @@ their losses.
 3. `law.py` fits E + A / N^alpha + B / D^beta to the validation losses; `picture.py` draws it.
 """
 
-from toolkit.commands.ladder.law import FEWEST, Law, fit_law
+from toolkit.commands.ladder.law import FEWEST, Law, fit_law, lacking
 from toolkit.commands.ladder.picture import draw, write_png
 from toolkit.commands.ladder.rungs import Ladder, Rung, parse_number, parse_numbers, plan_ladder
 from toolkit.commands.ladder.running import (
     Finished,
     finished_runs,
+    layout_of_runs,
     start_training,
     train_rungs,
     write_configs,
@@ -26,6 +27,8 @@ __all__ = [
     "draw",
     "finished_runs",
     "fit_law",
+    "lacking",
+    "layout_of_runs",
     "parse_number",
     "parse_numbers",
     "plan_ladder",

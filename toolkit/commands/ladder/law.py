@@ -21,7 +21,7 @@ DELTA = 1e-3
 FEWEST = 6
 """Runs, of `FEWEST_SIZES` and two numbers of tokens per weight: E and what N adds are told apart by
 three sizes, and what D adds is told from that by two."""
-FEWEST_SIZES = 3
+FEWEST_SIZES, FEWEST_RATIOS = 3, 2
 _EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 _FLOORS = (0.05, 0.3, 0.6, 0.9)
 """Shares of the least loss that E begins with."""
@@ -54,20 +54,28 @@ class Law(NamedTuple):
         )
 
 
+def lacking(sizes: Sequence[float], tokens: Sequence[float]) -> str | None:
+    """What runs of these sizes and tokens lack to determine a law; None: nothing."""
+    number, different = len(sizes), len({round(size) for size in sizes})
+    ratios = len({round(math.log(d / n), 1) for n, d in zip(sizes, tokens, strict=True)})
+    if number >= FEWEST and different >= FEWEST_SIZES and ratios >= FEWEST_RATIOS:
+        return None
+    given = f"{count(number, 'run')} of {count(different, 'size')} and {count(ratios, 'ratio')}"
+    return (
+        f"a law needs at least {FEWEST} runs, of {FEWEST_SIZES} or more --sizes and "
+        f"{FEWEST_RATIOS} or more --tokens-per-parameter"
+        + (f"; there {'is' if number == 1 else 'are'} {given} of tokens to size" if number else "")
+    )
+
+
 def fit_law(sizes: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> Law:
     """The law that fits `losses` of runs of these sizes and tokens best.
 
     Raises:
         ConfigError: the runs do not determine it.
     """
-    number, different = len(losses), len({round(size) for size in sizes})
-    ratios = {round(math.log(d / n), 1) for n, d in zip(sizes, tokens, strict=True)}
-    if number < FEWEST or different < FEWEST_SIZES or len(ratios) < 2:
-        raise ConfigError(
-            f"a law needs {FEWEST} runs that are done, of {FEWEST_SIZES} --sizes and two "
-            f"--tokens-per-parameter at least; there are {number}, of {count(different, 'size')} "
-            f"and {len(ratios)}"
-        )
+    if (problem := lacking(sizes, tokens)) is not None:
+        raise ConfigError(problem)
     x, y, log_losses = np.log(sizes), np.log(tokens), np.log(losses)
     # Around the middle, a and alpha (b and beta) hardly depend on each other.
     middle = x.mean(), y.mean()

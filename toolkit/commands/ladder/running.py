@@ -1,20 +1,21 @@
 """The runs of a ladder, one after the other, each in processes of its own."""
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from toolkit import signals
 from toolkit.commands.ladder.rungs import Rung
+from toolkit.distributed.layout import Layout
+from toolkit.distributed.ranks import ENGINE
 from toolkit.errors import EXIT_DONE, ConfigError, RunError
+from toolkit.experiment.checks import layout_for
 from toolkit.launch.workers import Workers, launcher_seconds, toolkit_command
-from toolkit.metrics.lines import read_records
-from toolkit.runs.files import RUN_FILES
+from toolkit.runs.progress import read_progress
 from toolkit.runs.status import read_status
 from toolkit.storage.atomic import write_atomic
 
@@ -33,12 +34,6 @@ class Finished(NamedTuple):
     rung: Rung
     loss: float
     """On held-out documents, after its last step."""
-
-
-class _Eval(msgspec.Struct):
-    name: str = ""
-    step: int = 0
-    loss: float | None = None
 
 
 def write_configs(rungs: Sequence[Rung], out: Path) -> list[Path]:
@@ -79,6 +74,16 @@ def train_rungs(
     return EXIT_DONE
 
 
+def layout_of_runs(rungs: Sequence[Rung], processes: int | None, engine: str | None) -> Layout:
+    """That each run will have by `start_training`. Raises ConfigError: none is possible."""
+    environ = dict(os.environ)
+    if processes is not None:
+        environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
+    if engine is not None:
+        environ[ENGINE] = engine
+    return layout_for(rungs[0].config, environ)
+
+
 def start_training(*options: str) -> Start:
     """Trains by `toolkit train`, with further `options`, in a process of its own. Requests to stop
     are passed on to it."""
@@ -112,8 +117,6 @@ def final_loss(rung: Rung, folder: Path) -> float | None:
     status = read_status(folder)
     if status is None or status.state != "finished":
         return None
-    found = None
-    for record in read_records(folder / RUN_FILES.eval_metrics, _Eval):
-        if record.name == VALIDATION and record.step == rung.steps:
-            found = record.loss
-    return found
+    found = read_progress(folder)
+    is_last = found.val_name == VALIDATION and found.val_step == rung.steps
+    return found.val_loss if is_last and math.isfinite(found.val_loss or math.nan) else None
