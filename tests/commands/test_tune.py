@@ -29,9 +29,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "tiny.json")
 
 
-def speeds(monkeypatch: pytest.MonkeyPatch, judge: Any) -> list[dict[str, Any]]:
+def speeds(monkeypatch: pytest.MonkeyPatch, judge: Any) -> list[Any]:
     """Tries are judged by `judge(config)`; the configs that were tried."""
-    tried = []
+    tried: list[Any] = []
 
     def run(config: Any, *_: Any) -> Result:
         tried.append(config)
