@@ -72,14 +72,34 @@ def test_compiling_has_to_win_back_its_own_time(monkeypatch: pytest.MonkeyPatch)
     assert decide(long, BF16, "fp32").compile_model is False
 
 
-def test_one_line_says_what_was_measured() -> None:
+def test_one_line_says_what_was_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "can_compile", lambda: True)
     assert describe(question(), decide(question(), BF16, "fp32"), BF16) == [
         "precision bf16 (measured 2.0x of fp32 on this CPU)",
         "2 of 4 threads (measured 2.0x)",
+        "not compiled (for a length in epochs)",
     ]
-    assert describe(question(), decide(question(), FP32, "fp32"), FP32) == [
-        "precision fp32 (measured on this CPU: bf16 is 0.3x of it)"
+    short = question(steps=20)
+    assert describe(short, decide(short, FP32, "fp32"), FP32) == [
+        "precision fp32 (measured on this CPU: bf16 is 0.3x of it)",
+        "4 threads",
+        "not compiled (20 steps)",
     ]
+    monkeypatch.setattr(choosing, "can_compile", lambda: False)
+    assert describe(short, decide(short, FP32, "fp32"), FP32)[-1] == (
+        "not compiled (no C++ compiler and headers of Python)"
+    )
+
+
+def test_other_programs_on_the_machine_are_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    beside = msgspec.structs.replace(BF16, threads={}, lasts=False)
+    assert choose(question(), lambda part: beside, fixed="fp32").notices[1:] == (
+        "other programs use this machine: threads not compared, and the measurement is not kept",
+    )
+    assert len(choose(question(), lambda part: BF16, fixed="fp32").notices) == 1
 
 
 def test_recorded_choices_stay_and_open_ones_are_as_without_measuring() -> None:

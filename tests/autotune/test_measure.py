@@ -45,7 +45,7 @@ def test_emulated_bf16_is_not_looked_at_further(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(measuring, "_pilot", lambda: (1e11, 0.1))
     monkeypatch.setattr(measuring, "_pieces", pieces)
-    monkeypatch.setattr(measuring, "_is_busy", lambda: False)
+    monkeypatch.setattr(measuring, "machine_is_busy", lambda: False)
     timings = measuring.measure(question(threads=2), torch.device("cpu"))
     assert timings.precision["bf16"] == pytest.approx(10 * timings.precision["fp32"])
     assert kinds == [torch.float32]
@@ -66,7 +66,7 @@ def test_threads_are_halved_while_that_is_no_slower(monkeypatch: pytest.MonkeyPa
 def test_a_busy_machine_compares_no_threads_and_nothing_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(measuring, "_is_busy", lambda: True)
+    monkeypatch.setattr(measuring, "machine_is_busy", lambda: True)
     timings = measuring.measure(question(threads=2), torch.device("cpu"))
     assert timings.threads == {}
     assert not timings.lasts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.runs.made import make_run
-from toolkit.commands.runs import archive, compare, curves, listing, places, watch
+from toolkit.commands.runs import archive, compare, curves, listing, places, show, watch
 from toolkit.commands.runs.listing import Wanted
 from toolkit.errors import ConfigError, RunError, TrainingError
 from toolkit.metrics.history import Series
@@ -64,6 +64,20 @@ def test_the_list_is_filtered_sorted_and_cut(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             names(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "said"),
+    [("auto", None, "not compiled"), ("auto", True, "compiled"), (False, True, "not compiled")],
+)
+def test_a_page_says_threads_and_whether_it_is_compiled(tmp_path, asked, chosen, said):
+    config = {"run": {"name": "a"}, "train_module": {"compile_model": asked}}
+    run = make_run(tmp_path, "a", losses=[3.0], config=config)
+    engine = {"precision": "bf16", "threads": 2, "device": "a CPU"}
+    engine["chosen"] = {"compile_model": chosen}
+    (run / RUN_FILES.engine).write_text(json.dumps(engine))
+    [line] = [line for line in show.page(run) if line.startswith("machine")]
+    assert line.endswith(f"bf16, 2 threads, {said}, a CPU")
 
 
 def test_comparison_shows_what_differs_and_where_losses_part(tmp_path):

@@ -29,9 +29,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "tiny.json")
 
 
-def speeds(monkeypatch: pytest.MonkeyPatch, judge: Any) -> list[dict[str, Any]]:
+def speeds(monkeypatch: pytest.MonkeyPatch, judge: Any) -> list[Any]:
     """Tries are judged by `judge(config)`; the configs that were tried."""
-    tried = []
+    tried: list[Any] = []
 
     def run(config: Any, *_: Any) -> Result:
         tried.append(config)
@@ -65,9 +65,42 @@ def test_the_fastest_values_win_one_after_the_other(
     assert "--train_module.precision=bf16 --trainer.num_threads=2\n" in out
     assert "microbatches of 1,024 tokens" in out
     assert "out of memory" in out
+    assert len(Path("fast.json").read_text()) < 2 * len(Path(config).read_text())
+    assert json.loads(Path("fast.json").read_text())["train_module"].keys() == {
+        *json.loads(Path(config).read_text()).get("train_module", {}),
+        "precision",
+        "rank_microbatch_size",
+    }
     fast = load_experiment("fast.json").config
     assert (fast.train_module.precision, fast.trainer.num_threads) == ("bf16", 2)
     assert fast.train_module.compile_model == "auto"
+
+
+def test_a_gain_has_to_be_larger_than_what_two_turns_differ(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = iter([100.0, 110.0])
+    speeds(monkeypatch, lambda config: next(turns, 115.0))
+    monkeypatch.setattr(tuning, "machine_is_busy", lambda: True)
+    assert cli.run(["tune", config, "--train_module.precision=fp32"]) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith("nothing is faster than the config as it is by more than 10%\n")
+    assert told.err.startswith("other programs use this machine")
+    assert "as configured: 100 tokens/s\nonce more: 110 tokens/s" in told.err
+
+
+def test_what_would_change_nothing_is_not_tried(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer threads than there are already, and chunks of the loss that hold all rows."""
+    tried = speeds(monkeypatch, lambda config: 1.0)
+    flags = ["--trainer.num_threads=2", "--train_module.precision=fp32"]
+    assert cli.run(["tune", config, *flags]) == 0
+    assert [c.trainer.num_threads for c in tried if c.trainer.num_threads != 2] == [4]
+    assert {c.model.loss_chunk_size for c in tried} == {None}
+    del tried[:]
+    assert cli.run(["tune", config, *flags, "--model.loss_chunk_size=64"]) == 0
+    assert {c.model.loss_chunk_size for c in tried} == {32, 64, 128}
 
 
 def test_where_memory_ends_checkpointing_is_tried(

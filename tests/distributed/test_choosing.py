@@ -318,7 +318,11 @@ def test_a_dry_run_tells_what_is_known_and_measures_nothing(
     monkeypatch.setattr(choosing, "answer_of", None)
     config = tiny_experiment(tmp_path)
     loaded = load_experiment(str(tmp_path / "tiny.json"))
-    assert "precision auto: measured at start" in summarize(loaded, os.environ)
+    for is_busy in (False, True):
+        monkeypatch.setattr(choosing, "machine_is_busy", lambda busy=is_busy: busy)
+        text = summarize(loaded, os.environ)
+        assert "precision auto: measured at start" in text
+        assert ("other programs use this machine" in text) is is_busy
     keep(config, BF16)
     text = summarize(loaded, os.environ)
     assert "precision bf16 (measured 2.0x of fp32 on this CPU)" in text

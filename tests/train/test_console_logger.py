@@ -49,3 +49,17 @@ def test_any_evaluation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (
         "eval at step 2: val loss 1.0000, ppl 2.72\neval at step 2: answers accuracy 0.5000\n"
     )
+
+
+def test_the_first_step_does_not_count_for_the_time_that_is_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger: Any = ConsoleLogger(ConsoleLoggerConfig(interval=1))
+    logger.state = SimpleNamespace(is_main=True, step=0, stop_step=9)
+    logger._console = SimpleNamespace(is_terminal=False, file=sys.stdout)
+    logger.pre_train()
+    for step, time in ((1, 100.0), (2, 101.0)):
+        logger.on_metrics("train", [RECORD | {"step": step, "time": time, "skipped": False}])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "ETA" not in first
+    assert second.endswith("ETA 0:07")

@@ -16,6 +16,7 @@ from toolkit.autotune.choices import (
     ratio,
 )
 from toolkit.autotune.question import Aspect, Question, can_compile
+from toolkit.wording import count
 
 
 class Answer(NamedTuple):
@@ -123,23 +124,39 @@ def recorded_for(question: Question, recorded: Choices, fixed: str) -> Choices:
 
 def _line(question: Question, choices: Choices, timings: Timings) -> list[str]:
     parts = describe(question, choices, timings)
-    return [", ".join(parts)] if parts else []
+    lines = [", ".join(parts)] if parts else []
+    if question.device == "cpu" and not timings.lasts:
+        compared = ": threads not compared, and" if "threads" in question.asks else ":"
+        lines.append(f"other programs use this machine{compared} the measurement is not kept")
+    return lines
 
 
 def describe(question: Question, choices: Choices, timings: Timings) -> list[str]:
-    """What was chosen and why, in a few words each; nothing where it is as without `auto`."""
+    """What was chosen and why, in a few words each; nothing of what was not asked."""
     parts = []
     if choices.precision is not None:
         parts.append(f"precision {choices.precision}{_measured(choices.precision, timings)}")
     if choices.threads is not None:
         gain = timings.threads[question.threads] / timings.threads[choices.threads]
         parts.append(f"{choices.threads} of {question.threads} threads (measured {gain:.1f}x)")
+    elif "threads" in question.asks:
+        parts.append(count(question.threads, "thread"))
     if choices.attention == "cudnn":
         gain = timings.attention["flash"] / timings.attention["cudnn"]
         parts.append(f"attention by cuDNN (measured {gain:.1f}x of flash)")
     if choices.compile_model:
         parts.append(f"compiled (pays within {question.steps:,} steps)")
+    elif "compile_model" in question.asks:
+        parts.append(f"not compiled ({_why_not_compiled(question)})")
     return parts
+
+
+def _why_not_compiled(question: Question) -> str:
+    if not can_compile():
+        return "no C++ compiler and headers of Python"
+    if question.steps is None:
+        return "for a length in epochs"
+    return count(question.steps, "step")
 
 
 def _measured(precision: str, timings: Timings | None) -> str:

@@ -8,7 +8,6 @@ the numbers of a run do not depend on who measured.
 
 import functools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,16 +17,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from toolkit.autotune.choices import MARGINS, Timings, fastest
-from toolkit.autotune.question import AttentionShape, Product, Question
+from toolkit.autotune.question import AttentionShape, Product, Question, machine_is_busy
 
 SECONDS = 0.7
 """Within which everything is measured, on a machine that nobody else uses."""
 _TURNS = 5
 _HOPELESS = 3.0
 """Times slower than fp32 at which bf16 is not looked at further: emulated in software."""
-_BUSY = 0.5
-"""Runnable processes for each core (the load of the last minute) from which on threads are not
-compared, and nothing is kept: what is best beside other programs is not what is best without."""
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +46,7 @@ def _on_cpu(question: Question) -> Timings:
     started, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(question.threads)
     try:
-        asks, is_busy = question.asks, _is_busy()
+        asks, is_busy = question.asks, machine_is_busy()
         if not asks & {"precision", "threads", "compile_model"}:
             return Timings()
         speed, ratio = _pilot()
@@ -101,13 +97,6 @@ def _compare(pieces: dict[str, list[_Piece]], deadline: float) -> dict[str, floa
         name: sum(seconds * piece.scale for seconds, piece in zip(best[name], own, strict=True))
         for name, own in pieces.items()
     }
-
-
-def _is_busy() -> bool:
-    try:
-        return os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
-    except OSError:
-        return False
 
 
 def _fewer_threads(share: int, pieces: Sequence[_Piece], deadline: float) -> dict[int, float]:

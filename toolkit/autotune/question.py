@@ -18,6 +18,10 @@ MEASURE = "TOOLKIT_MEASURE"
 _ISA = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Variables that decide which instructions products use."""
 
+_BUSY = 0.5
+"""Runnable processes for each core (the load of the last minute) from which on threads are not
+compared, and nothing is kept: what is best beside other programs is not what is best without."""
+
 Aspect = Literal["precision", "threads", "attention", "compile_model"]
 
 
@@ -153,6 +157,14 @@ def not_measuring() -> Iterator[None]:
         del os.environ[MEASURE]
         if before is not None:
             os.environ[MEASURE] = before
+
+
+def machine_is_busy() -> bool:
+    """Whether other programs use this machine."""
+    try:
+        return os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
+    except OSError:
+        return False
 
 
 def can_compile() -> bool:

@@ -53,11 +53,11 @@ def tune(
             }
         )
     else:
-        rows, conclusion = commands.tune.describe(report)
+        rows, conclusion = commands.tune_report.describe(report)
         header = ("try", "tokens/s", "GB", "")
         print_table(header, rows, right=header[1:3])
         typer.echo(f"\n{conclusion}")
     if write is not None:  # what took minutes is told first
-        commands.tune.write_config(report, write)
+        commands.tune_report.write_config(report, write)
         if not json:
             typer.echo(f"written to {write}")

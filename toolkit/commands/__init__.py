@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
     "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
-    "recipes", "replay", "runs", "schedule", "sweep", "train", "tune", "verify",
+    "recipes", "replay", "runs", "schedule", "sweep", "train", "tune", "tune_report", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         sweep,
         train,
         tune,
+        tune_report,
         verify,
     )
 else:

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from toolkit import signals
-from toolkit.autotune.question import MEASURE, can_compile
+from toolkit.autotune.question import MEASURE, can_compile, machine_is_busy
 from toolkit.commands.plan.devices import CPU, DEVICES, find_device
 from toolkit.commands.plan.plans import Target, divisors, job_of, plan_of
+from toolkit.commands.tune_report import FASTER, Attempt, Report
 from toolkit.commands.tune_worker import RESULT, Result, Trial
 from toolkit.config.check import check
 from toolkit.distributed.launcher import has_launcher
@@ -36,18 +37,16 @@ from toolkit.distributed.tuning import asked_threads, threads_asked_for
 from toolkit.errors import EXIT_DONE, ConfigError, RunError, ToolkitError, TrainingError
 from toolkit.experiment.checks import check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
-from toolkit.experiment.load import LoadedExperiment
+from toolkit.experiment.load import LoadedExperiment, without_defaults
 from toolkit.launch.capacity import capacity_here, check_processes, free_memory
 from toolkit.launch.workers import Workers, worker_environments
 from toolkit.models.config import ModuleConfig
 from toolkit.models.shapes import loss_chunk_rows
-from toolkit.storage.atomic import create_atomic, why_not_creatable
+from toolkit.storage.atomic import why_not_creatable
 from toolkit.storage.foreign import read_json
 from toolkit.threads import cores_here
 from toolkit.wording import count
 
-FASTER = 1.03
-"""What a change has to win; less is noise."""
 _SHARE = 0.8
 """Of the free memory of a machine without GPUs, what tries may take together."""
 _LIMIT = 1.1
@@ -68,30 +67,6 @@ PRECISION, THREADS, CHUNK = (
 )
 Values = dict[str, Any]
 """Config path -> value."""
-
-
-class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the table."""
-
-    change: str
-    """What is different from the best one before."""
-    values: dict[str, Any]
-    """All that differs from the config."""
-    tokens_per_second: float | None = None
-    peak_memory: int | None = None
-    """Bytes."""
-    failed: str | None = None
-
-
-class Report(NamedTuple):
-    """What `toolkit tune` found."""
-
-    attempts: list[Attempt]
-    best: Attempt
-    config: ExperimentConfig
-    """The config with the best one's values."""
-    flags: list[str]
-    """What changes the config so on the command line."""
 
 
 class Machine(NamedTuple):
@@ -136,33 +111,9 @@ def tune(
         raise TrainingError(f"no try worked; the first: {search.attempts[0].failed}")
     best = search.best
     flags = [f"--{path}={_shown(value)}" for path, value in best.values.items()]
-    return Report(search.attempts, best, _changed(loaded.stored, best.values), flags)
-
-
-def describe(report: Report) -> tuple[list[list[str]], str]:
-    """The rows of a table (change, tokens/s, GB, note), and what follows from it."""
-    rows = []
-    for attempt in report.attempts:
-        speed, memory = attempt.tokens_per_second, attempt.peak_memory
-        note = attempt.failed or ("best" if attempt is report.best else "")
-        rows.append(
-            [
-                attempt.change,
-                "" if speed is None else f"{speed:,.0f}",
-                "" if memory is None else f"{memory / 1e9:.2f}",
-                note,
-            ]
-        )
-    if not report.flags:
-        return rows, "nothing is faster than the config as it is"
-    return rows, " ".join(report.flags)
-
-
-def write_config(report: Report, file: Path) -> None:
-    """Write the config with the best values, for `toolkit train FILE`. Raises ConfigError: there is
-    such a file by now."""
-    if not create_atomic(file, report.config.to_json() + b"\n"):
-        raise ConfigError(f"--write {file}: exists by now, and was not replaced")
+    changed = _changed(loaded.stored, best.values)
+    written = without_defaults(changed, {**loaded.origins, **dict.fromkeys(best.values, "tune")})
+    return Report(search.attempts, best, flags, written, search.faster)
 
 
 class _Search:
@@ -179,6 +130,7 @@ class _Search:
         self.machine = _machine(processes)
         self.attempts: list[Attempt] = []
         self.best: Attempt | None = None
+        self.faster = FASTER
         self.ran_short = False
         """Whether something needed more memory than there is."""
 
@@ -188,6 +140,8 @@ class _Search:
 
     def run(self) -> None:
         module = self.config.train_module
+        if machine_is_busy():
+            self.say("other programs use this machine: what is fastest beside them may not be so")
         self._precisions()
         if self.machine.threads is not None:
             self._threads(self.machine.threads)
@@ -201,8 +155,10 @@ class _Search:
             self.attempt("not compiled" if is_on else "compiled", {COMPILE: not is_on})
         model = self.config.model.to_transformer()
         chunk = loss_chunk_rows(model.loss_chunk_size, model.padded_vocab_size, self.machine.device)
+        tokens = self._microbatch()
         for rows in (chunk // 2, chunk * 2):
-            self.attempt(f"loss chunks of {count(rows, 'row')}", {CHUNK: rows})
+            if min(rows, tokens) != min(chunk, tokens):  # else one chunk, as it is
+                self.attempt(f"loss chunks of {count(rows, 'row')}", {CHUNK: rows})
 
     def _precisions(self) -> None:
         if self.layout.precision != "auto":
@@ -212,6 +168,9 @@ class _Search:
             self.attempt(f"precision {precision}", {PRECISION: precision})
 
     def _threads(self, threads: int) -> None:
+        asked = self.config.trainer.num_threads
+        if asked is not None and asked != threads:
+            threads *= 2  # all of them are a change too
         while threads > 1:
             threads //= 2
             if not self.attempt(count(threads, "thread"), {THREADS: threads}):
@@ -220,9 +179,8 @@ class _Search:
     def _microbatches(self, also: Values | None = None, *, larger: bool = False) -> None:
         """Larger ones as long as they are faster, else smaller ones."""
         length = self.config.dataset.sequence_length
-        share = self.config.data_loader.global_batch_size // self.layout.batch_ranks
-        current = min(self.config.train_module.rank_microbatch_size or share, share)
-        current = self.values.get(MICROBATCH, current)
+        share = self._share()
+        current = self._microbatch()
         sizes = [rows * length for rows in divisors(share // length)]
         above = _doublings([size for size in sizes if size > current])
         below = _doublings([size for size in reversed(sizes) if size < current])
@@ -237,6 +195,15 @@ class _Search:
             is_faster = self.attempt(f"microbatches of {size:,} tokens", {MICROBATCH: size})
             if self.best is not None and not is_faster:
                 return
+
+    def _share(self) -> int:
+        """Tokens of a batch on each rank."""
+        return self.config.data_loader.global_batch_size // self.layout.batch_ranks
+
+    def _microbatch(self) -> int:
+        """Tokens of a microbatch of the best try."""
+        asked = self.values.get(MICROBATCH, self.config.train_module.rank_microbatch_size)
+        return min(asked or self._share(), self._share())
 
     def _checkpointing(self) -> None:
         """With memory to spare, larger microbatches may be worth computing blocks twice."""
@@ -262,13 +229,28 @@ class _Search:
         if speed is None:
             return False
         before = None if self.best is None else self.best.tokens_per_second
-        if before is not None and speed < FASTER * before:
+        if before is not None and speed < self.faster * before:
             return False
-        self.best = attempt
+        self.best = attempt if before is not None else self._with_noise(attempt, speed)
         return True
 
+    def _with_noise(self, attempt: Attempt, speed: float) -> Attempt:
+        """The first try that works, with the best of two turns: changes have to win more than what
+        lies between them."""
+        again = self._tried(attempt.change, attempt.values)
+        other = None if again is None else again.tokens_per_second
+        if again is None or other is None:
+            return attempt
+        apart = max(speed, other) / min(speed, other)
+        if apart > FASTER:
+            self.faster = apart
+            self.say(f"once more: {other:,.0f} tokens/s; a gain has to be larger than that")
+        if other > speed:
+            self.attempts[-1] = attempt = again
+        return attempt
+
     def _tried(self, change: str, values: Values) -> Attempt | None:
-        """None where the config cannot be so."""
+        """None where the config cannot be so, or is so already."""
         given = Attempt(change=change, values=values)
         try:
             config = _changed(self.config, values)
@@ -277,6 +259,8 @@ class _Search:
         except ConfigError:
             if not values:
                 raise
+            return None
+        if self.best is not None and config == _changed(self.config, self.values):
             return None
         needed = _planned(config, layout, self.machine, self.processes)
         margin = 1.0 if self.machine.device == CPU else _LIMIT

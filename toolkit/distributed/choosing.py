@@ -21,7 +21,7 @@ from toolkit.autotune.choose import (
     recorded_for,
     unmeasured,
 )
-from toolkit.autotune.question import Aspect, Question, measures, work_of
+from toolkit.autotune.question import Aspect, Question, machine_is_busy, measures, work_of
 from toolkit.config.named import named
 from toolkit.data.corpus_info import planned_batches
 from toolkit.distributed.layout import Layout
@@ -217,7 +217,8 @@ def foreseen(config: Any, layout: Layout, environ: Mapping[str, str]) -> str | N
         return None
     timings = cache.find(question.key)
     if timings is None:
-        return "auto: measured at start"
+        busy = " (other programs use this machine: not kept then)" if machine_is_busy() else ""
+        return f"auto: measured at start{busy}"
     parts = describe(question, decide(question, timings, "fp32"), timings)
     return ", ".join(parts).removeprefix("precision ")
 

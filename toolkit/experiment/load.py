@@ -27,6 +27,7 @@ from toolkit.config import (
     parse_override_args,
     read_json_mapping,
 )
+from toolkit.config.check import check
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
@@ -139,6 +140,26 @@ def with_origins(stored: ExperimentConfig, origins: Mapping[str, str]) -> dict[s
     """The content of a file that loads as `stored`, each value with its origin."""
     kept = {path: origin for path, origin in origins.items() if origin != DEFAULT_ORIGIN}
     return {ORIGINS_KEY: kept, **stored.to_dict()}
+
+
+def without_defaults(config: ExperimentConfig, origins: Mapping[str, str]) -> dict[str, Any]:
+    """The content of a file that loads as `config`: without what `origins` calls a default, where
+    it does."""
+
+    def kept(data: dict[str, Any], path: str) -> dict[str, Any]:
+        found = {}
+        for name, value in data.items():
+            place = f"{path}{name}"
+            if isinstance(value, dict) and value and place not in origins:
+                if part := kept(value, f"{place}."):
+                    found[name] = part
+            elif origins.get(place) != DEFAULT_ORIGIN:
+                found[name] = value
+        return found
+
+    short = kept(config.to_dict(), "")
+    checked = check(short, ExperimentConfig)
+    return short if not checked.errors and checked.config == config else config.to_dict()
 
 
 def _checked_origins(written: Any, source: str) -> dict[str, str]:

@@ -92,6 +92,8 @@ class TransformerTrainModule(EngineTrainModule):
         is_compiled = config.compile_model is True or (
             config.compile_model == "auto" and bool(self.environment.choices.compile_model)
         )
+        if is_compiled and self.environment.is_main:
+            log.info("compiling: the first step takes longer")
         self.engine = prepare_engine(
             self.environment,
             model,

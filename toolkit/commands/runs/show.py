@@ -131,7 +131,18 @@ def _machine(run: RunFacts) -> list[str]:
     words = []
     if run.record.engine is not None:
         words.append(f"{run.record.engine} x {run.record.world_size}")
-    words += [str(run.engine[key]) for key in ("precision", "device") if key in run.engine]
+    if "precision" in run.engine:
+        words.append(str(run.engine["precision"]))
+    if _is_int(run.engine, "threads"):
+        words.append(count(run.engine["threads"], "thread"))
+    asked, chosen = run.config.get("train_module"), run.engine.get("chosen")
+    asked = asked.get("compile_model") if isinstance(asked, dict) else None
+    if asked == "auto" and isinstance(chosen, dict):
+        asked = bool(chosen.get("compile_model"))
+    if isinstance(asked, bool):
+        words.append("compiled" if asked else "not compiled")
+    if "device" in run.engine:
+        words.append(str(run.engine["device"]))
     return [", ".join(words)] if words else []
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import time
 from typing import Any
 
 from rich import get_console
@@ -25,13 +24,13 @@ class ConsoleLogger(Callback):
         self._interval = config.interval
         self._console = get_console()
         self._bar: Progress | None = None
-        self._began = (0, time.time())
-        """Step and time of the start."""
+        self._began: tuple[int, float] | None = None
+        """Number and time of the first step, which compiles and tells nothing of others."""
         self._has_told_of_nan = False
         self._has_failed = False
 
     def pre_train(self) -> None:
-        self._began = (self.state.step, time.time())
+        self._began = None
         if not self.state.is_main or not self._console.is_terminal:
             return
         self._bar = Progress(
@@ -67,6 +66,8 @@ class ConsoleLogger(Callback):
 
     def _on_train(self, records: list[dict[str, Any]]) -> None:
         self._tell_of_nan(records)
+        if self._began is None:
+            self._began = records[0]["step"], records[0]["time"]
         if self._bar is not None:
             last = records[-1]
             [task] = self._bar.task_ids
@@ -94,9 +95,10 @@ class ConsoleLogger(Callback):
             parts.append(f"{_short(record['tokens_per_second'])} tok/s")
         if record.get("mfu") is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f}%")
-        first, since = self._began
-        pace = (record["time"] - since) / max(1, record["step"] - first)
-        parts.append(f"ETA {_duration(pace * (self.state.stop_step - record['step']))}")
+        first, since = self._began or (record["step"], record["time"])
+        if done := record["step"] - first:
+            pace = (record["time"] - since) / done
+            parts.append(f"ETA {_duration(pace * (self.state.stop_step - record['step']))}")
         if record.get("skipped"):
             is_finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
             parts.append(f"SKIPPED ({'spike' if is_finite else 'not finite'})")
