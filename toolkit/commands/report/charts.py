@@ -1,0 +1,239 @@
+"""Which curves of runs a report draws, down-sampled to a size that a page can hold."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+
+from toolkit.metrics.history import History, Series, down_sampled
+
+_MOST_POINTS = 2_000
+"""Of a curve; a screen shows no more."""
+_ALL_POINTS = 36_000
+"""Of all curves: a point is about 35 bytes in the file."""
+_LEAST_POINTS = 24
+_MOST_CURVES = 40
+"""In a chart, as of a model of many layers: evenly chosen ones beyond."""
+
+_SCHEDULED = ("weight_decay", "betas.", "global_batch_size", "sequence_length")
+_LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max")
+_WORDS = {
+    "loss": "Loss (nats per target)",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "skipped": "Skipped steps",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOP/s utilization (fraction of the peak)",
+    "data_loading_pct": "Waiting for data (% of a step)",
+    "peak_memory_gb": "Peak memory (GB)",
+    "bits_per_byte": "Bits per byte",
+    "ppl": "Perplexity",
+}
+_THROUGHPUT = ("tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "compute_ratio")
+_NOT_DRAWN = ("num_targets", "seconds", "ppl")
+
+
+class Axes(msgspec.Struct, frozen=True):
+    """A place on each axis."""
+
+    step: int
+    tokens: int | None
+    time: float | None
+    """Unix seconds."""
+
+    @classmethod
+    def at(cls, series: Series, place: int) -> "Axes":
+        """Where one line of a metric lies."""
+        tokens, when = int(series.tokens[place]), float(series.time[place])
+        return cls(int(series.step[place]), tokens if tokens >= 0 else None, when)
+
+
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a chart."""
+
+    run: int
+    """Number of the run, from 0."""
+    label: str
+    """Beside other curves of the run; may be empty."""
+    points: Series
+    """Recorded values; of a long run the least and greatest of each span."""
+    means: Series | None
+    """Of a long run, the mean of each span, which is what smoothing starts from."""
+
+
+class Chart(msgspec.Struct, frozen=True, kw_only=True):
+    """Curves on common axes."""
+
+    title: str
+    is_log: bool = False
+    curves: list[Curve]
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """A chart before its curves are cut."""
+
+    section: str
+    title: str
+    curves: list[tuple[int, str, Series]]
+    is_log: bool = False
+
+
+def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, list[Chart]]:
+    """The charts of each section; `names` are those of the runs."""
+    whole = [_with_axes(history) for history in histories]
+    wanted = [chart for chart in _wanted(names, whole) if chart.curves]
+    number = sum(min(len(chart.curves), _MOST_CURVES) for chart in wanted)
+    points = max(_LEAST_POINTS, min(_MOST_POINTS, _ALL_POINTS // max(1, number)))
+    found: dict[str, list[Chart]] = {}
+    for chart in wanted:
+        curves = [_curve(*curve, points) for curve in _some(chart.curves)]
+        drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
+        found.setdefault(chart.section, []).append(drawn)
+    return found
+
+
+def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
+    train = [history.train for history in histories]
+    losses = [(run, "train", series["loss"]) for run, series in enumerate(train) if "loss" in series]
+    for run, history in enumerate(histories):
+        losses += [
+            (run, name.removesuffix("/loss"), series)
+            for name, series in history.eval.items()
+            if name.endswith("/loss")
+        ]
+    yield _Wanted("loss", _WORDS["loss"], losses)
+    recorded = list(dict.fromkeys(name for series in train for name in series))
+
+    def each(section: str, chosen: Iterable[str]) -> Iterable[_Wanted]:
+        for name in chosen:
+            curves = [(run, "", series[name]) for run, series in enumerate(train) if name in series]
+            yield _Wanted(section, _WORDS.get(name, name), curves)
+
+    yield from each("loss", _LOSSES)
+    yield from each("lr", ["lr", *(name for name in recorded if name.startswith(_SCHEDULED))])
+    yield from each("norms", ["grad_norm", "loss_scale"])
+    if any(series["skipped"].value.any() for series in train if "skipped" in series):
+        yield from each("norms", ["skipped"])
+    yield from _norms(names, histories)
+    yield from each("throughput", _THROUGHPUT)
+    yield from _evaluations(histories)
+    yield from _data(names, histories)
+    yield from _system(histories)
+
+
+def _norms(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
+    """A chart of all layers for each run; of several runs, first the totals together."""
+    kinds = dict.fromkeys(n.partition("/")[0] for history in histories for n in history.network)
+    for kind in kinds:
+        totals = [
+            (run, "", series)
+            for run, history in enumerate(histories)
+            if (series := history.network.get(f"{kind}/total")) is not None
+        ]
+        if len(histories) > 1:
+            yield _Wanted("norms", f"{kind}, whole model", totals)
+        for run, (name, history) in enumerate(zip(names, histories, strict=True)):
+            layers = [
+                (run, metric.partition("/")[2] or metric, series)
+                for metric, series in history.network.items()
+                if metric.partition("/")[0] == kind
+            ]
+            title = f"{kind} by layer" + (f": {name}" if len(names) > 1 else "")
+            yield _Wanted("norms", title, layers, is_log=True)
+
+
+def _evaluations(histories: Sequence[History]) -> Iterable[_Wanted]:
+    """A chart for each metric but the loss, which stands beside that of training."""
+    metrics = dict.fromkeys(n.rpartition("/")[2] for history in histories for n in history.eval)
+    for metric in metrics:
+        if metric == "loss" or metric in _NOT_DRAWN:
+            continue
+        curves = [
+            (run, name.rpartition("/")[0], series)
+            for run, history in enumerate(histories)
+            for name, series in history.eval.items()
+            if name.rpartition("/")[2] == metric
+        ]
+        yield _Wanted("evals", _WORDS.get(metric, metric), curves)
+
+
+def _data(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
+    """Shares of the sources in the rows so far."""
+    for run, (name, history) in enumerate(zip(names, histories, strict=True)):
+        rows = {
+            metric.partition("/")[2]: series
+            for metric, series in history.train.items()
+            if metric.startswith("instances/")
+        }
+        if not rows or len({len(series.step) for series in rows.values()}) > 1:
+            continue
+        total = np.sum([series.value for series in rows.values()], axis=0)
+        with np.errstate(all="ignore"):
+            shares = [
+                (run, source, series._replace(value=series.value / total))
+                for source, series in rows.items()
+            ]
+        title = "Share of the rows so far" + (f": {name}" if len(names) > 1 else "")
+        yield _Wanted("data", title, shares)
+
+
+def _system(histories: Sequence[History]) -> Iterable[_Wanted]:
+    """GPUs of a run share a chart."""
+    kinds: dict[str, list[tuple[int, str, Series]]] = {}
+    for run, history in enumerate(histories):
+        for name, series in history.system.items():
+            gpu, _, kind = name.partition("_")
+            is_gpu = gpu.startswith("gpu") and gpu[3:].isdigit()
+            kinds.setdefault(f"gpu_{kind}" if is_gpu else name, []).append(
+                (run, gpu if is_gpu else "", series)
+            )
+    for kind, curves in kinds.items():
+        yield _Wanted("system", kind, curves)
+
+
+def _with_axes(history: History) -> History:
+    """With tokens for lines that do not tell, by the steps of training."""
+    known = history.train.get("loss")
+    if known is None or not len(known.step) or known.tokens.min() < 0:
+        return history
+
+    def told(series: Series) -> Series:
+        if not len(series.step) or series.tokens.min() >= 0:
+            return series
+        tokens = np.interp(series.step, known.step, known.tokens).astype(np.int64)
+        return series._replace(tokens=np.where(series.tokens < 0, tokens, series.tokens))
+
+    return History(*({name: told(s) for name, s in stream.items()} for stream in history))
+
+
+def _some(curves: list[tuple[int, str, Series]]) -> list[tuple[int, str, Series]]:
+    if len(curves) <= _MOST_CURVES:
+        return curves
+    places = np.unique(np.linspace(0, len(curves) - 1, _MOST_CURVES).astype(int))
+    return [curves[place] for place in places]
+
+
+def _curve(run: int, label: str, series: Series, points: int) -> Curve:
+    """Three fifths of the points for the extremes, the rest for the means."""
+    if len(series.step) <= points:
+        return Curve(run=run, label=label, points=series, means=None)
+    few = max(8, points * 3 // 5)
+    return Curve(
+        run=run,
+        label=label,
+        points=down_sampled(series, few),
+        means=_means(series, max(8, points - few)),
+    )
+
+
+def _means(series: Series, spans: int) -> Series:
+    edges = np.linspace(0, len(series.step), spans + 1).astype(np.int64)
+    middles, values = [], []
+    for begin, end in itertools.pairwise(edges):
+        part = series.value[begin:end]
+        known = part[np.isfinite(part)]
+        middles.append((begin + end - 1) // 2)
+        values.append(known.mean() if len(known) else np.nan)
+    place = np.array(middles, np.int64)
+    return Series(series.step[place], series.tokens[place], series.time[place], np.array(values))
