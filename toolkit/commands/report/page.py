@@ -1,0 +1,237 @@
+"""A report as one HTML file: text that stands without a script, curves that a script draws.
+
+The curves are on canvases, by some hundred lines of script in the file itself: a plotting library
+for browsers is larger than the whole page may be, and one that is fetched needs a network.
+"""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+import numpy as np
+from markupsafe import Markup
+
+from toolkit.commands.chart import shown
+from toolkit.commands.report.charts import Axes, Chart, Curve
+from toolkit.commands.report.reading import Report, RunReport
+from toolkit.commands.runs import compare
+from toolkit.config.secrets import mask_secrets
+from toolkit.errors import ConfigError
+from toolkit.metrics.history import Series
+from toolkit.runs.files import RUN_FILES
+from toolkit.storage.atomic import write_atomic
+from toolkit.wording import compact, span, visible
+
+_FOLDER = Path(__file__).parent
+COLORS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
+    "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
+SECTIONS = {
+    "overview": "Overview",
+    "differences": "Differences",
+    "loss": "Losses",
+    "lr": "Learning rate",
+    "norms": "Norms of gradients and weights",
+    "throughput": "Throughput",
+    "evals": "Evaluations",
+    "samples": "Samples",
+    "data": "Data",
+    "checkpoints": "Checkpoints",
+    "attempts": "Attempts and interruptions",
+    "system": "System",
+    "config": "Config",
+    "repeat": "How to repeat it",
+}
+
+
+def write_html(report: Report, path: Path) -> int:
+    """Write the page to `path`, in the place of what is there; its size in bytes.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    data = html(report).encode()
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}", key="--out") from None
+    return len(data)
+
+
+def html(report: Report) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters |= {"compact": compact, "span": span, "number": _number}
+    sections = {key: text for key, text in SECTIONS.items() if key != "differences"}
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        sections=SECTIONS if len(report.runs) > 1 else sections,
+        colors=COLORS,
+        style=Markup((_FOLDER / "page.css").read_text()),
+        script=Markup((_FOLDER / "page.js").read_text()),
+        data=Markup(_embedded(report)),
+        overview=_overview,
+        commands=_commands,
+        shown_difference=compare.shown,
+    )
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return "" if value is None else value
+    return visible(value, kept="\n\t")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _embedded(report: Report) -> str:
+    """What the script draws, as JSON that cannot end the element it stands in."""
+    start = [_first_time(report, run) for run in range(len(report.runs))]
+    data = {
+        "runs": [visible(run.title) for run in report.runs],
+        "colors": COLORS,
+        "charts": {
+            section: [_chart(chart, start) for chart in charts]
+            for section, charts in report.charts.items()
+        },
+        "attempts": [
+            [
+                [event.attempt.number, _place(event.begin, since), _place(event.end, since)]
+                for event in run.events
+                if event.begin is not None
+            ]
+            for run, since in zip(report.runs, start, strict=True)
+        ],
+    }
+    return msgspec.json.encode(data).decode().replace("<", "\\u003c")
+
+
+def _first_time(report: Report, run: int) -> float:
+    """Of the run's curves: the axis of time begins there."""
+    times = [
+        float(np.nanmin(curve.points.time))
+        for charts in report.charts.values()
+        for chart in charts
+        for curve in chart.curves
+        if curve.run == run and np.isfinite(curve.points.time).any()
+    ]
+    return min(times, default=0.0)
+
+
+def _chart(chart: Chart, start: list[float]) -> dict[str, Any]:
+    curves = [_curve(curve, start[curve.run]) for curve in chart.curves]
+    return {"title": visible(chart.title), "log": chart.is_log, "curves": curves}
+
+
+def _curve(curve: Curve, start: float) -> dict[str, Any]:
+    found = {"run": curve.run, "label": visible(curve.label), **_columns(curve.points, start)}
+    if curve.means is not None:
+        found["means"] = _columns(curve.means, start)
+    return found
+
+
+def _columns(series: Series, start: float) -> dict[str, list[Any]]:
+    """Six digits of a value are more than a screen has."""
+    return {
+        "step": series.step.tolist(),
+        "tokens": [tokens if tokens >= 0 else None for tokens in series.tokens.tolist()],
+        "time": [_short(time - start, 1) for time in series.time.tolist()],
+        "value": [
+            float(f"{value:.6g}") if math.isfinite(value) else None
+            for value in series.value.tolist()
+        ],
+    }
+
+
+def _short(value: float, digits: int) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def _place(axes: Axes | None, start: float) -> dict[str, Any] | None:
+    if axes is None:
+        return None
+    time = None if axes.time is None else _short(axes.time - start, 1)
+    return {"step": axes.step, "tokens": axes.tokens, "time": time}
+
+
+def _overview(run: RunReport) -> dict[str, str]:
+    """The first table of the page; rows of which nothing is known are left out."""
+    facts, record, progress = run.facts, run.facts.record, run.facts.progress
+    state = record.state
+    if facts.status.exit_reason not in (None, "done") and state != "running":
+        state += f" ({facts.status.exit_reason})"
+    if facts.status.message:
+        state += f": {facts.status.message}"
+    val = best = ""
+    if progress.val_loss is not None:
+        val = f"{progress.val_loss:.6g} ({progress.val_name}, step {progress.val_step:,})"
+    if progress.best_val_loss is not None:
+        best = f"{progress.best_val_loss:.6g} (step {progress.best_val_step:,})"
+    machine = f"{record.engine} x {record.world_size}" if record.engine else ""
+    precision = facts.engine.get("precision")
+    rows = {
+        "state": state,
+        "id": facts.id,
+        "folder": facts.folder,
+        "mirror": str(mask_secrets(record.mirror)) if record.mirror else "",
+        "tags": ", ".join(facts.tags),
+        "note": facts.note,
+        "started": record.created,
+        "duration": "" if facts.seconds is None else span(facts.seconds),
+        "steps": "" if record.step is None else f"{record.step:,}",
+        "tokens": "" if record.tokens is None else f"{record.tokens:,}",
+        "training loss": "" if record.loss is None else f"{record.loss:.6g}",
+        "validation loss": val,
+        "best validation loss": best,
+        "steps whose loss is no number": str(run.not_finite) if run.not_finite else "",
+        "parameters": "" if record.parameters is None else shown(record.parameters),
+        "engine x processes": f"{machine} ({precision})" if precision and machine else machine,
+        "host": record.host,
+        "code": _code(facts.git),
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def _code(git: dict[str, Any]) -> str:
+    if not git.get("commit"):
+        return ""
+    branch = f" on {git['branch']}" if git.get("branch") else ""
+    dirty = ", with uncommitted changes" if git.get("dirty") else ""
+    return f"{git['commit']}{branch}{dirty}"
+
+
+def _commands(run: RunReport) -> list[str]:
+    """What makes the run again, as far as the folder tells."""
+    facts, lines = run.facts, []
+    if facts.git.get("commit"):
+        lines.append(f"git checkout {facts.git['commit']}")
+        if facts.git.get("dirty"):
+            patch = Path(facts.folder) / RUN_FILES.changes
+            known = f"git apply {shlex.quote(str(patch))}"
+            lines.append(known if patch.is_file() else "# uncommitted changes were not recorded")
+    argv = facts.command.get("argv")
+    if isinstance(argv, list) and len(argv) > 1:
+        words = [str(mask_secrets(str(word))) for word in argv[1:]]
+        lines.append(f"# as it was typed, in {facts.command.get('cwd', '?')}")
+        lines.append(shlex.join(["toolkit", *words]))
+    stored = shlex.quote(str(Path(facts.folder) / RUN_FILES.config))
+    again = shlex.quote(f"{facts.record.name}-again")
+    lines += ["# the same config, every value as it was", f"toolkit train {stored} --name {again}"]
+    lines += [
+        "# to the last bit?",
+        f"toolkit runs compare {shlex.quote(facts.folder)} {again}",
+    ]
+    return lines
