@@ -26,6 +26,7 @@ from toolkit.cli import (
     models,
     plan,
     recipes,
+    report,
     runs,
     schedule,
     stop_leaving,
@@ -116,6 +117,7 @@ app.command(context_settings=OVERRIDABLE)(ladder.ladder)
 app.command(context_settings=OVERRIDABLE)(tune.tune)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
+app.command()(report.report)
 app.add_typer(data.app, name="data")
 app.command()(verify.verify)
 app.command()(verify.batch)

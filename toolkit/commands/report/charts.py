@@ -95,7 +95,9 @@ def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, l
 
 def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
     train = [history.train for history in histories]
-    losses = [(run, "train", series["loss"]) for run, series in enumerate(train) if "loss" in series]
+    losses = [
+        (run, "train", series["loss"]) for run, series in enumerate(train) if "loss" in series
+    ]
     for run, history in enumerate(histories):
         losses += [
             (run, name.removesuffix("/loss"), series)

@@ -1,0 +1,45 @@
+"""`toolkit report`: runs as one page for a browser, and as pictures."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from toolkit import commands
+from toolkit.cli.options import Registry, Root, argument, option
+from toolkit.wording import prefixed
+
+
+def report(
+    runs: Annotated[
+        list[str], argument("One run or more: name, id, folder or URL.", metavar="RUN...")
+    ],
+    out: Annotated[Path, option("The page.", metavar="FILE")] = Path("report.html"),
+    png: Annotated[
+        Path | None, option("Write a PNG of each chart too.", metavar="FOLDER", shown="none")
+    ] = None,
+    axis: Annotated[
+        Literal["step", "tokens", "time"], option("Horizontal axis of the PNGs.")
+    ] = "step",
+    root: Root = "runs",
+    registry: Registry = None,
+) -> None:
+    """Write a page about a run, or about several side by side, that needs no network.
+
+    Curves over steps, tokens or time, norms of layers, throughput with its gaps, evaluations,
+    samples, data, checkpoints, attempts, system use, config with origins, and how to repeat it.
+    A run that still trains is shown as far as it came.
+
+    \b
+    Examples:
+      toolkit report first
+      toolkit report first second third --out compare.html
+      toolkit report first --png pictures --axis tokens
+    """
+    folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
+    found = commands.report.read_report(folders)
+    size = commands.report.write_html(found, out)
+    typer.echo(f"{out}: {prefixed(size, 'B')}")
+    if png is not None:
+        written = commands.report.write_pngs(found, png, axis=axis)
+        typer.echo(f"{png}: {len(written)} pictures")
