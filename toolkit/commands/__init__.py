@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
     "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
-    "recipes", "replay", "report", "runs", "schedule", "sweep", "train", "tune", "tune_report", "verify",
+    "recipes", "replay", "report", "runs", "schedule", "sweep", "train", "tune", "tune_report",
+    "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
