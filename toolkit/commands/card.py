@@ -20,16 +20,16 @@ from toolkit.data.config import (
 )
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.data.tokens.prepared import read_prepared
-from toolkit.errors import RunError, ToolkitError
+from toolkit.errors import ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
 from toolkit.experiment.sources import FINETUNE_FILE
 from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource
 from toolkit.metrics.lines import read_records
+from toolkit.runs.facts import RunFacts, run_facts
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
-from toolkit.storage.foreign import read_json
 from toolkit.wording import count
 
 _COMMAND = ("train", "resume")
@@ -59,6 +59,7 @@ def card_of(
     which may need a newer version (`Family.only_newer`); of an adapter alone unless `merged`."""
     run = source.run
     status = read_status(run) if run is not None else None
+    facts = run_facts(run) if run is not None and status is not None else None
     config = None
     if run is not None and status is not None:
         with contextlib.suppress(ToolkitError):
@@ -69,7 +70,7 @@ def card_of(
     origin = source.origin
     return ModelCard(
         title=title,
-        description=_description(run, config),
+        description=_description(facts, config),
         is_adapter=source.lora is not None and not merged,
         base_model=source.hub_name,
         license=origin.get("license"),
@@ -79,7 +80,7 @@ def card_of(
         model=_model(source, architecture, dtype),
         training=_training(source, config, status),
         results=_results(source),
-        command=_command(run),
+        command=_command(facts),
         versions=_versions(source, status),
         needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
         has_tokenizer=tokenizer is not None,
@@ -87,15 +88,12 @@ def card_of(
     )
 
 
-def _description(run: Path | None, config: ExperimentConfig | None) -> str:
+def _description(facts: RunFacts | None, config: ExperimentConfig | None) -> str:
     """What whoever trained it wrote. A recipe's own line, or that of a converted model's config,
     was written before anyone knew the data."""
-    if run is None or config is None:
+    if facts is None or config is None:
         return ""
-    origins: dict[str, Any] = {}
-    with contextlib.suppress(ToolkitError, OSError):
-        origins = read_json(run / RUN_FILES.origins, RunError)
-    origin = str(origins.get("description", "recipe"))
+    origin = facts.origins.get("description", "recipe")
     return "" if origin.startswith("recipe") or FINETUNE_FILE in origin else config.description
 
 
@@ -212,14 +210,11 @@ def _scores(line: _Line) -> str:
     )
 
 
-def _command(run: Path | None) -> str | None:
+def _command(facts: RunFacts | None) -> str | None:
     """The command line of the newest attempt, whose secrets were masked when it was recorded."""
-    if run is None:
-        return None
-    with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError):
-        argv = [str(word) for word in read_json(run / RUN_FILES.command, RunError)["argv"]]
-        if len(argv) > 1 and argv[1] in _COMMAND:
-            return shlex.join(["toolkit", *argv[1:]])
+    argv = facts.command.get("argv") if facts is not None else None
+    if isinstance(argv, list) and len(argv) > 1 and argv[1] in _COMMAND:
+        return shlex.join(["toolkit", *(str(word) for word in argv[1:])])
     return None
 
 

@@ -18,6 +18,7 @@ from toolkit.commands.chart import shown
 from toolkit.commands.report.charts import Axes, Chart, Curve
 from toolkit.commands.report.reading import Report, RunReport
 from toolkit.commands.runs import compare
+from toolkit.commands.runs.curves import LETTERS
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError
 from toolkit.metrics.history import Series
@@ -78,6 +79,7 @@ def html(report: Report) -> str:
         report=report,
         sections=SECTIONS if len(report.runs) > 1 else sections,
         colors=COLORS,
+        letters=[*LETTERS, *["-"] * len(report.runs)],
         style=Markup((_FOLDER / "page.css").read_text()),
         script=Markup((_FOLDER / "page.js").read_text()),
         data=Markup(_embedded(report)),
