@@ -43,3 +43,28 @@ def report(
     if png is not None:
         written = commands.report.write_pngs(found, png, axis=axis)
         typer.echo(f"{png}: {len(written)} pictures")
+
+
+def board(
+    root: Root = "runs",
+    registry: Registry = None,
+    port: Annotated[
+        int, option("Where it listens on this machine; 0: a free one.", min=0, max=65535)
+    ] = 8765,
+) -> None:
+    """Serve the pages of `toolkit report` to browsers of this machine, as runs train.
+
+    It lists the runs; those that you tick are shown side by side. Ctrl-C ends it. From another
+    machine: `ssh -L 8765:localhost:8765 HOST`.
+
+    \b
+    Examples:
+      toolkit board
+      toolkit board --root /shared/runs --port 9000
+    """
+    with commands.report.BoardServer(root, registry, port) as server:
+        typer.echo(f"http://localhost:{server.server_port}/  (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("")

@@ -80,7 +80,7 @@ def card_of(
         model=_model(source, architecture, dtype),
         training=_training(source, config, status),
         results=_results(source),
-        command=_command(facts),
+        command=_command(facts.command if facts is not None else {}),
         versions=_versions(source, status),
         needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
         has_tokenizer=tokenizer is not None,
@@ -210,9 +210,9 @@ def _scores(line: _Line) -> str:
     )
 
 
-def _command(facts: RunFacts | None) -> str | None:
+def _command(recorded: Mapping[str, Any]) -> str | None:
     """The command line of the newest attempt, whose secrets were masked when it was recorded."""
-    argv = facts.command.get("argv") if facts is not None else None
+    argv = recorded.get("argv")
     if isinstance(argv, list) and len(argv) > 1 and argv[1] in _COMMAND:
         return shlex.join(["toolkit", *(str(word) for word in argv[1:])])
     return None

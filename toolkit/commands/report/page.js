@@ -210,9 +210,18 @@ function make(parent, spec) {
 
 function drawAll() {
   control("smoothed").textContent = control("smooth").value;
+  const chosen = ["axis", "smooth", "log", "bands"].map(id => [id, control(id).value, control(id).checked]);
+  try { sessionStorage.setItem("controls", JSON.stringify(chosen)); } catch { /* not allowed here */ }
   drawn.forEach(draw);
 }
 
+// A page that is loaded anew, as that of a run that trains is, keeps what was chosen.
+try {
+  for (const [id, value, checked] of JSON.parse(sessionStorage.getItem("controls") || "[]")) {
+    control(id).value = value;
+    control(id).checked = checked;
+  }
+} catch { /* not allowed here */ }
 document.querySelectorAll(".charts").forEach(place =>
   (data.charts[place.dataset.section] || []).forEach(spec => make(place, spec)));
 for (const id of ["axis", "smooth", "log", "bands"]) control(id).addEventListener("input", drawAll);

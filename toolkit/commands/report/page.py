@@ -65,6 +65,23 @@ def write_html(report: Report, path: Path) -> int:
 
 def html(report: Report) -> str:
     """The page."""
+    sections = {key: text for key, text in SECTIONS.items() if key != "differences"}
+    return filled(
+        "page.html.j2",
+        report=report,
+        sections=SECTIONS if len(report.runs) > 1 else sections,
+        colors=COLORS,
+        letters=[*LETTERS, *["-"] * len(report.runs)],
+        script=Markup((_FOLDER / "page.js").read_text()),
+        data=Markup(_embedded(report)),
+        overview=_overview,
+        commands=_commands,
+        shown_difference=compare.shown,
+    )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A template of this folder with `values`, in which no text is markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -74,19 +91,8 @@ def html(report: Report) -> str:
         finalize=_printable,
     )
     environment.filters |= {"compact": compact, "span": span, "number": _number}
-    sections = {key: text for key, text in SECTIONS.items() if key != "differences"}
-    return environment.get_template("page.html.j2").render(
-        report=report,
-        sections=SECTIONS if len(report.runs) > 1 else sections,
-        colors=COLORS,
-        letters=[*LETTERS, *["-"] * len(report.runs)],
-        style=Markup((_FOLDER / "page.css").read_text()),
-        script=Markup((_FOLDER / "page.js").read_text()),
-        data=Markup(_embedded(report)),
-        overview=_overview,
-        commands=_commands,
-        shown_difference=compare.shown,
-    )
+    style = Markup((_FOLDER / "page.css").read_text())
+    return environment.get_template(template).render(style=style, **values)
 
 
 def _printable(value: Any) -> Any:

@@ -1,0 +1,100 @@
+"""`toolkit board`: the list of runs and their reports, served to browsers of this machine."""
+
+import http.server
+import threading
+import urllib.parse
+from http import HTTPStatus
+from typing import Any
+
+from toolkit.commands.report.page import filled, html
+from toolkit.commands.report.reading import read_report
+from toolkit.commands.runs.listing import Wanted, list_all
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.runs.listing import check_root, find_run
+from toolkit.storage.remote import is_url
+
+_HOSTS = ("localhost", "127.0.0.1")
+_RELOAD_SECONDS = 15
+_MOST_RUNS = 40
+
+
+class BoardServer(http.server.ThreadingHTTPServer):
+    """Serves what is in `root` on the loopback interface. It only reads.
+
+    Args:
+        port: 0 takes a free one; `server_port` tells it.
+
+    Raises:
+        ConfigError: `root` is no folder, or the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: str, registry: str | None = None, port: int = 0) -> None:
+        if is_url(root):
+            raise ConfigError(f"{root}: a board shows runs of this machine", key="--root")
+        check_root(root)
+        self.root, self.registry = root, registry
+        self.reading = threading.Lock()
+        """Pages are made one at a time: each reads whole files."""
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            problem = f"cannot listen on port {port}: {error.strerror}; give another"
+            raise ConfigError(problem, key="--port") from None
+
+    def page(self, path: str, query: dict[str, list[str]]) -> tuple[str, bool] | None:
+        """The page at `path`, and whether it will be another one soon; None: there is none."""
+        with self.reading:
+            if path == "/":
+                runs = list_all(self.root, self.registry, Wanted())[::-1]
+                return filled("board.html.j2", root=self.root, runs=runs), False
+            if path == "/report" and query.get("run"):
+                names = list(dict.fromkeys(query["run"][:_MOST_RUNS]))
+                folders = [self._folder(name) for name in names]
+                report = read_report(folders)
+                states = [run.facts.record.state for run in report.runs]
+                return html(report), "running" in states
+        return None
+
+    def _folder(self, run_id: str) -> Any:
+        """Only ids: a path would lead out of the root."""
+        if not run_id.isalnum():
+            raise ConfigError("a run is asked for by its id")
+        return find_run(run_id, root=self.root, registry_url=self.registry)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: BoardServer
+
+    def do_GET(self) -> None:
+        host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+        if host not in _HOSTS:  # a page from elsewhere whose name was made to lead here
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return
+        url = urllib.parse.urlsplit(self.path)
+        try:
+            found = self.server.page(url.path, urllib.parse.parse_qs(url.query))
+        except ToolkitError as error:
+            self._send(HTTPStatus.NOT_FOUND, str(error), "text/plain")
+            return
+        if found is None:
+            self._send(HTTPStatus.NOT_FOUND, "no such page; / lists the runs", "text/plain")
+            return
+        text, is_changing = found
+        self._send(HTTPStatus.OK, text, "text/html", reload=is_changing)
+
+    def _send(self, status: HTTPStatus, text: str, kind: str, *, reload: bool = False) -> None:
+        data = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        if reload:
+            self.send_header("Refresh", str(_RELOAD_SECONDS))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal has the address alone."""
