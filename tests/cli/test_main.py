@@ -206,6 +206,8 @@ def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         "recipes copy",
         "runs",
         "sweep",
+        "report",
+        "board",
         *(
             f"runs {verb}"
             for verb in (

@@ -1,10 +1,12 @@
 """`toolkit report`: a page that stands alone, says what the metrics say, and is small."""
 
 import html.parser
+import http.client
 import json
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from tests.runs.made import make_run
 from toolkit.cli.main import run
-from toolkit.commands.report import read_report, write_html, write_pngs
+from toolkit.commands.report import BoardServer, read_report, write_html, write_pngs
 from toolkit.commands.report.page import SECTIONS, html
 from toolkit.errors import ConfigError
 from toolkit.runs.files import RUN_FILES
@@ -214,6 +216,36 @@ def test_the_command_writes_a_page_of_a_run_that_trains_and_pictures(tmp_path, c
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in png.iterdir())
     assert run(["report", "one", "--root", str(tmp_path), "--out", str(tmp_path / "no" / "x")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_board_lists_runs_serves_their_pages_and_nothing_else(tmp_path):
+    ids = [read_report([full(tmp_path, name)]).runs[0].facts.id for name in ("one", "two")]
+
+    def get(path: str, host: str = "localhost") -> tuple[int, str]:
+        client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        client.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
+        answer = client.getresponse()
+        text = answer.read().decode()
+        client.close()
+        return answer.status, text
+
+    with BoardServer(str(tmp_path)) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            status, text = get("/")
+            assert status == 200
+            assert all(f'href="/report?run={one}"' in text for one in ids)
+            assert Page(get(f"/report?run={ids[0]}&run={ids[1]}")[1]).sections == [*SECTIONS]
+            assert get("/", host="elsewhere.example")[0] == 403
+            for path in ("/report", "/report?run=00000000", "/report?run=..", "/../etc/passwd"):
+                assert get(path)[0] == 404
+            with pytest.raises(ConfigError, match="cannot listen"):
+                BoardServer(str(tmp_path), port=server.server_port)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.slow

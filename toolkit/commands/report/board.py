@@ -1,6 +1,7 @@
 """`toolkit board`: the list of runs and their reports, served to browsers of this machine."""
 
 import http.server
+import re
 import threading
 import urllib.parse
 from http import HTTPStatus
@@ -8,12 +9,13 @@ from typing import Any
 
 from toolkit.commands.report.page import filled, html
 from toolkit.commands.report.reading import read_report
-from toolkit.commands.runs.listing import Wanted, list_all
+from toolkit.commands.runs.listing import Wanted, check_root, list_all
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.runs.listing import check_root, find_run
+from toolkit.runs.listing import find_run
 from toolkit.storage.remote import is_url
 
 _HOSTS = ("localhost", "127.0.0.1")
+_ID = re.compile("[0-9a-f]{8}")
 _RELOAD_SECONDS = 15
 _MOST_RUNS = 40
 
@@ -59,7 +61,7 @@ class BoardServer(http.server.ThreadingHTTPServer):
 
     def _folder(self, run_id: str) -> Any:
         """Only ids: a path would lead out of the root."""
-        if not run_id.isalnum():
+        if _ID.fullmatch(run_id) is None:
             raise ConfigError("a run is asked for by its id")
         return find_run(run_id, root=self.root, registry_url=self.registry)
 
