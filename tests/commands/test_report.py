@@ -81,7 +81,7 @@ def full(root: Path, name: str = "one", **more) -> Path:
         RUN_FILES.network_metrics,
         *({"step": s, "grad_norm/blocks.0": 0.5, "grad_norm/total": 1.0} for s in (1, 4)),
     )
-    add(folder, RUN_FILES.system_metrics, {"step": 1, "time": 1.7e9, "gpu0_power_w": 300.0})
+    add(folder, RUN_FILES.system_metrics, {"step": 1, "time": 1.7e9 + 1, "gpu0_power_w": 300.0})
     add(folder, RUN_FILES.samples, {"step": 4, "prompt": "Once", "text": " upon <a> time"})
     saved = folder / "checkpoints" / "step4"
     saved.mkdir()

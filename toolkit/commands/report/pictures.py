@@ -40,7 +40,7 @@ def write_pngs(report: Report, folder: Path, *, axis: str = "step") -> list[Path
         folder.mkdir(parents=True, exist_ok=True)
         for section, drawn in report.charts.items():
             for chart in drawn:
-                name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{section} {chart.title}").strip("-")
+                name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{section} {chart.title}").strip("-")
                 path = folder / f"{name[:100]}.png"
                 if path in written:
                     path = folder / f"{name[:100]}-{len(written)}.png"
@@ -65,9 +65,11 @@ def _png(report: Report, chart: Chart, axis: str) -> bytes:
     if not seen:
         canvas.text((_LEFT, _SIZE[1] / 2), "no values", "#444444", font)
         return _bytes(image)
-    begin = {run: min(float(x[0]) for c, x, _, _ in curves if c.run == run and len(x))
-             for run in {c.run for c, x, _, _ in curves if len(x)}}  # fmt: skip
-    since = begin if axis == "time" else dict.fromkeys(begin, 0.0)
+    since: dict[int, float] = {}  # of each run, where its axis of time begins
+    for curve, xs, _, _ in curves:
+        if len(xs):
+            first = float(xs[0]) if axis == "time" else 0.0
+            since[curve.run] = min(first, since.get(curve.run, first))
     left = min(float(xs[0]) - since[c.run] for c, xs, _, _ in curves if len(xs))
     right = max(float(xs[-1]) - since[c.run] for c, xs, _, _ in curves if len(xs))
     every = np.concatenate([ys for _, ys in seen])
