@@ -1,12 +1,12 @@
 """`toolkit report`: a page that stands alone, says what the metrics say, and is small."""
 
-import html.parser
 import http.client
 import json
 import re
 import shutil
 import subprocess
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from toolkit.runs.files import RUN_FILES
 EVIL = "</script><script>alert(1)</script><b title=\"'&"
 
 
-class Page(html.parser.HTMLParser):
+class Page(HTMLParser):
     """Ids of sections, names of elements and what they load; the data and the text."""
 
     def __init__(self, text: str) -> None:
