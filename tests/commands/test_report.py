@@ -30,13 +30,15 @@ class Page(HTMLParser):
         self.sections: list[str] = []
         self.elements: list[str] = []
         self.loads: list[str] = []
+        self.ids: list[str | None] = []
         self.data, self.text, self._inside = "", "", ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         known = dict(attrs)
         self.elements.append(tag)
-        self._inside = "data" if known.get("id") == "data" else tag
+        self._inside = "data" if known.get("id") == "curves" else tag
+        self.ids += [known["id"]] if "id" in known else []
         if tag == "section":
             self.sections.append(known["id"] or "")
         for name, value in attrs:
@@ -96,6 +98,7 @@ def test_every_section_is_there_and_nothing_is_loaded(tmp_path):
     found = page(full(tmp_path))
     assert found.sections == [name for name in SECTIONS if name != "differences"]
     assert not found.loads
+    assert len({*found.ids}) == len(found.ids)
     assert not {"link", "img", "iframe", "object"} & {*found.elements}
     text = html(read_report([tmp_path / "exp" / "one"]))
     style = text.partition("<style>")[2].partition("</style>")[0]
@@ -169,7 +172,7 @@ def test_several_runs_share_charts_and_are_compared(tmp_path):
     two = full(tmp_path, "two", config={"run": {"name": "two"}, "seed": 7})
     found = page(full(tmp_path), two)
     assert found.sections == [*SECTIONS]
-    assert [c["run"] for c in curves(found, "loss", "Loss")] == [0, 0, 1, 1]
+    assert [c["run"] for c in curves(found, "loss", "Loss")] == [0, 1, 0, 1]
     assert [c["run"] for c in curves(found, "norms", "grad_norm, whole")] == [0, 1]
     assert "bit for bit, in all 4 steps" in found.text
     assert "seed" in found.text.partition("Losses")[0]

@@ -1,6 +1,6 @@
 "use strict";
 // Draws every curve of the page on a canvas, again whenever a control changes.
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.getElementById("curves").textContent);
 const BANDS = ["#e9f2fb", "#fef3e6", "#edf8ed", "#faeeee"];
 const LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 24;
 const control = name => document.getElementById(name);
