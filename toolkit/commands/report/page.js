@@ -83,7 +83,8 @@ function range(all, isLog) {
   // The first steps of a loss curve would leave the rest flat.
   const usual = ys[Math.floor(0.98 * (ys.length - 1))];
   if (ys.length > 50 && y1 - y0 > 2.5 * (usual - y0) && usual > y0) y1 = usual + 0.3 * (usual - y0);
-  if (y1 === y0) { y0 -= Math.abs(y0) * 0.05 || 1; y1 += Math.abs(y1) * 0.05 || 1; }
+  // Means of a constant differ from it by rounding.
+  if (y1 - y0 <= 1e-9 * Math.max(Math.abs(y0), Math.abs(y1))) { y0 -= Math.abs(y0) * 0.05 || 1; y1 += Math.abs(y1) * 0.05 || 1; }
   const pad = 0.04 * (y1 - y0);
   return { x0: x0, x1: x1 > x0 ? x1 : x0 + 1, y0: y0 - pad, y1: y1 + pad };
 }
