@@ -114,6 +114,8 @@ def test_the_curves_and_tables_say_what_the_metrics_say(tmp_path):
     assert (train["step"], train["value"]) == ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.5])
     assert train["tokens"] == [100, 200, 300, 400]
     assert train["time"] == [0.0, 1.0, 62.0, 63.0]
+    assert val["exact"]
+    assert "exact" not in train
     assert (val["label"], val["value"], val["tokens"]) == ("val", [3.125, 2.25], [200, 400])
     layers = curves(found, "norms", "grad_norm by layer")
     assert [(c["label"], c["value"]) for c in layers] == [

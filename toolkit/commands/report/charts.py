@@ -60,6 +60,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """Recorded values; of a long run the least and greatest of each span."""
     means: Series | None
     """Of a long run, the mean of each span, which is what smoothing starts from."""
+    is_evaluation: bool = False
+    """Never smoothed: few points, each of much text."""
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,9 +87,13 @@ def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, l
     wanted = [chart for chart in _wanted(names, whole) if chart.curves]
     number = sum(min(len(chart.curves), _MOST_CURVES) for chart in wanted)
     points = max(_LEAST_POINTS, min(_MOST_POINTS, _ALL_POINTS // max(1, number)))
+    evaluations = {id(series) for history in whole for series in history.eval.values()}
     found: dict[str, list[Chart]] = {}
     for chart in wanted:
-        curves = [_curve(*curve, points) for curve in _some(chart.curves)]
+        curves = [
+            _curve(*curve, points, is_evaluation=id(curve[2]) in evaluations)
+            for curve in _some(chart.curves)
+        ]
         drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
         found.setdefault(chart.section, []).append(drawn)
     return found
@@ -216,10 +222,11 @@ def _some(curves: list[tuple[int, str, Series]]) -> list[tuple[int, str, Series]
     return [curves[place] for place in places]
 
 
-def _curve(run: int, label: str, series: Series, points: int) -> Curve:
+def _curve(run: int, label: str, series: Series, points: int, *, is_evaluation: bool) -> Curve:
     """Three fifths of the points for the extremes, the rest for the means."""
-    if len(series.step) <= points:
-        return Curve(run=run, label=label, points=series, means=None)
+    if len(series.step) <= points or is_evaluation:
+        cut = down_sampled(series, points)
+        return Curve(run=run, label=label, points=cut, means=None, is_evaluation=is_evaluation)
     few = max(8, points * 3 // 5)
     return Curve(
         run=run,

@@ -59,8 +59,9 @@ function lines(chart, axis, weight) {
   chart.spec.curves.forEach((curve, number) => {
     if (chart.hidden.has(number)) return;
     const color = chart.colors[number];
-    found.push({ xs: curve[axis], ys: curve.value, color: color, faint: weight > 0, number: number });
-    if (weight > 0) {
+    const isSmooth = weight > 0 && !curve.exact;
+    found.push({ xs: curve[axis], ys: curve.value, color: color, faint: isSmooth, number: number });
+    if (isSmooth) {
       const base = curve.means || curve;
       found.push({ xs: base[axis], ys: smoothed(base.value, weight), color: color, faint: false, number: number });
     }
@@ -193,7 +194,9 @@ function make(parent, spec) {
   legend.className = "legend";
   const isOneEach = new Set(spec.curves.map(c => c.run)).size === spec.curves.length;
   spec.curves.forEach((curve, number) => {
-    const color = data.colors[(isOneEach ? curve.run : number) % data.colors.length];
+    let color = data.colors[(isOneEach ? curve.run : number) % data.colors.length];
+    if (!isOneEach && spec.curves.length > data.colors.length)
+      color = `hsl(${Math.round(300 * number / spec.curves.length)} 70% 42%)`;
     chart.colors.push(color);
     const entry = add(legend, "span");
     add(entry, "i").style.background = color;
