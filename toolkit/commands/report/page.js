@@ -109,7 +109,7 @@ function draw(chart) {
   const px = x => LEFT + (x - box.x0) / (box.x1 - box.x0) * w;
   const py = y => TOP + (box.y1 - (isLog ? Math.log10(y) : y)) / (box.y1 - box.y0) * h;
   chart.view = { all: all, px: px, axis: axis, isLog: isLog };
-  if (control("bands").checked && !several) bands(g, chart, axis, px, h);
+  if (control("bands").checked && !several) bands(g, axis, px, w, h);
   g.strokeStyle = "#e4e4e4"; g.fillStyle = "#555"; g.textBaseline = "middle"; g.textAlign = "right";
   for (const tick of isLog ? logTicks(box.y0, box.y1) : ticks(box.y0, box.y1, 5)) {
     const y = TOP + (box.y1 - tick) / (box.y1 - box.y0) * h;
@@ -137,12 +137,13 @@ function draw(chart) {
 }
 
 // The part of each attempt in a colour of its own.
-function bands(g, chart, axis, px, h) {
+function bands(g, axis, px, w, h) {
   const attempts = data.attempts[0];
   if (attempts.length < 2) return;
   for (const [number, begin, end] of attempts) {
     if (!begin || !end || begin[axis] === null || end[axis] === null) continue;
-    const left = px(begin[axis]), right = px(end[axis]);
+    const left = Math.max(LEFT, px(begin[axis])), right = Math.min(LEFT + w, px(end[axis]));
+    if (right < left) continue;
     g.fillStyle = BANDS[(number - 1) % BANDS.length];
     g.fillRect(left, TOP, Math.max(1, right - left), h);
   }
