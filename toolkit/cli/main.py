@@ -60,6 +60,7 @@ _READING = (
     "schedule",
     "runs",
     "recipes",
+    "models",
     "schema",
     "batch",
     "generate",
@@ -124,6 +125,7 @@ app.command("export-hf")(models.export_hf)
 app.command()(models.merge)
 app.command("eval")(models.evaluate)
 app.command()(generate.generate)
+app.command()(recipes.models)
 app.command()(recipes.schema)
 app.command()(doctor.doctor)
 
