@@ -101,7 +101,6 @@ _CHATTY = ("torchao", "torch.utils._pytree")
 app = typer.Typer(
     name="toolkit",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

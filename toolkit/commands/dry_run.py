@@ -116,7 +116,7 @@ def check(
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and sound:
         with found.collecting():
-            check_corpus(config, corpus)
+            check_corpus(config, corpus, layout.batch_ranks)
             if config.dataset.mix is not None:
                 from toolkit.commands.mix import preview_mix
 
