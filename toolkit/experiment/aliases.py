@@ -70,25 +70,14 @@ def our_value(path: str, value: Any) -> Any:
 
 def _our_words(path: str, value: Any) -> Any:
     if isinstance(value, str):
-        if path == _TOKENIZER:
-            return _tokenizer(value)
+        if path == _TOKENIZER and value in TOKENIZER_PRESETS:
+            return dict(TOKENIZER_PRESETS[value])
         return _TYPES.get(path, {}).get(value, value)
     if path.startswith(_PATTERNS):
         return _our_patterns(value)
     if isinstance(value, dict):
         return {key: _our_words(join(path, key), inner) for key, inner in value.items()}
     return value
-
-
-def _tokenizer(name: str) -> dict[str, Any]:
-    """What the name of a preset stands for."""
-    if name not in TOKENIZER_PRESETS:
-        raise ConfigError(
-            f"expected a mapping or one of {', '.join(TOKENIZER_PRESETS)}, not {shown(name)}; others "
-            'go as {"type": "byte"} or {"type": "hf", "path": FOLDER_OR_NAME}',
-            key=_TOKENIZER,
-        )
-    return dict(TOKENIZER_PRESETS[name])
 
 
 def implied(path: str, mode: Any) -> tuple[str, Any] | None:
