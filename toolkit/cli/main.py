@@ -21,6 +21,7 @@ from toolkit.cli import (
     data,
     doctor,
     generate,
+    init,
     ladder,
     launch,
     models,
@@ -105,6 +106,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.command()(init.init)
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
 app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launch)
