@@ -277,6 +277,23 @@ def test_the_dry_run_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.run(["train", "again.json", "--dry-run", "--json"]) == 0
     assert capsys.readouterr().out == first
     assert json.loads(first)["trainer"]["hard_stop"] == {"value": 3, "unit": "steps"}
+    assert cli.run(["train", "again.json", "--dry-run", "--yaml"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert cli.run(["train", "again.yaml", "--dry-run", "--json"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("word", ["tra", "schem", "mod"])
+def test_the_shell_completes_commands(word: str) -> None:
+    asked = {
+        "_TOOLKIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"toolkit {word}",
+        "COMP_CWORD": "1",
+    }
+    code = "from toolkit.cli.main import main; import sys; sys.argv[1:] = []; main()"
+    found = python("-c", code, **asked).stdout.split()
+    assert found
+    assert all(name.startswith(word) for name in found)
 
 
 def test_libraries_that_nobody_asked_for_keep_quiet() -> None:

@@ -60,10 +60,10 @@ def init(
     )
     first = commands.init.first_config(answers, device)
     path = commands.init.write_first(first, file)
+    size, batch = first.config.model.shown_parameters, first.config.data_loader.global_batch_size
     typer.echo(
-        f"{path}: {first.config.model.shown_parameters} parameters, {first.steps:,} steps of "
-        f"{first.config.data_loader.global_batch_size:,} tokens, about {first.seconds / 60:,.0f} min "
-        f"on {first.device} (`toolkit tune {path}` measures)"
+        f"{path}: {size} parameters, {first.steps:,} steps of {batch:,} tokens, about "
+        f"{first.seconds / 60:,.0f} min on {first.device} (`toolkit tune {path}` measures)"
     )
     typer.echo(f"next: `toolkit train {path} --dry-run`, then `toolkit train {path}`")
 
