@@ -66,7 +66,7 @@ def test_steps_follow_time_and_rates_follow_size() -> None:
         ({"size": "llama3_8"}, "did you mean 'llama3_8B'"),
         ({"size": "llama3_70B"}, "--size llama3_70B: needs "),
         ({"time": "soon"}, "--time soon: "),
-        ({"time": "1s"}, "--time 1s: enough for "),
+        ({"time": "0.1s"}, "--time 0.1s: enough for "),
     ],
 )
 def test_answers_that_cannot_be_used_are_refused(changed: dict[str, str], message: str) -> None:

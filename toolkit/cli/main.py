@@ -62,6 +62,7 @@ _READING = (
     "runs",
     "recipes",
     "models",
+    "init",
     "schema",
     "batch",
     "generate",

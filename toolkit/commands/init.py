@@ -215,7 +215,10 @@ def _model(size: str, vocab_size: int) -> tuple[dict[str, Any], TransformerConfi
         hint = f"did you mean {near!r}?" if near else "`toolkit models` lists presets"
         raise ConfigError(f"--size {size}: neither a preset nor a number such as 10M; {hint}")
     base = TransformerConfig.preset("quickstart").replace(vocab_size=vocab_size)
-    model = scaled_model(base, parse_number(size, "--size"))
+    try:
+        model = scaled_model(base, parse_number(size, "--size"))
+    except ConfigError as error:
+        raise ConfigError(error.problem.replace("--sizes", "--size")) from None
     return model.to_dict(), model
 
 
