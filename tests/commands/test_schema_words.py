@@ -31,6 +31,7 @@ def test_a_section_names_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_choice_has_a_section_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "schema", "dataset.tokenizer")
     assert "dataset.tokenizer with type: byte" in text
+    assert "A name stands for one too: gpt2, dolma2." in text
     assert "path: text; required" in text
     assert "Folder, `tokenizer.json` file, or hub name." in text
 

@@ -18,6 +18,7 @@ from toolkit.commands.plan.devices import CPU, DEVICES, GIB, find_device
 from toolkit.commands.plan.plans import Target, job_of, plan_of
 from toolkit.config import convert
 from toolkit.config.base import in_seconds
+from toolkit.config.defaults import differing
 from toolkit.config.files import YAML_SUFFIXES
 from toolkit.config.paths import local_path
 from toolkit.config.types import nearest
@@ -219,7 +220,8 @@ def _model(size: str, vocab_size: int) -> tuple[dict[str, Any], TransformerConfi
         model = scaled_model(base, parse_number(size, "--size"))
     except ConfigError as error:
         raise ConfigError(error.problem.replace("--sizes", "--size")) from None
-    return model.to_dict(), model
+    named = {"type"} | {path.partition(".")[0] for path in differing(model)}
+    return {key: value for key, value in model.to_dict().items() if key in named}, model
 
 
 def _experiment(answers: Answers) -> str:

@@ -19,11 +19,17 @@ from toolkit.config.types import (
     type_of,
     value_type,
 )
+from toolkit.data.config import TOKENIZER_PRESETS
 from toolkit.errors import ConfigError
 from toolkit.experiment.aliases import our_path
 from toolkit.experiment.config import ExperimentConfig
 
 _LONGEST_DEFAULT = 60
+_BY_NAME = {
+    "model": '{"preset": NAME} stands for a named size; `toolkit models` lists them.',
+    "dataset.tokenizer": f"A name stands for one too: {', '.join(TOKENIZER_PRESETS)}.",
+}
+"""Path -> what may stand there in the place of its fields."""
 
 
 class Field(NamedTuple):
@@ -62,6 +68,7 @@ def describe_path(path: str) -> list[Section]:
     for struct, tag in zip(structs, _tags(target), strict=True):
         title = f"{path}{', each' if many else ''}{f' with type: {tag}' if tag else ''}"
         doc = " ".join(inspect.cleandoc(struct.cls.__doc__ or "").split())
+        doc = f"{doc} {_BY_NAME.get(path, '')}".strip() if not found else doc
         found.append(Section(title, doc, [_field(struct, name) for name in _names(struct)]))
     return found
 

@@ -118,7 +118,7 @@ def _read(text: str, *, as_node: bool) -> Any:
         return (yaml.compose if as_node else yaml.load)(text, Loader=_loader())
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
-        raise YAMLProblem(problem, getattr(error, "problem_mark", None)) from None
+        raise YAMLProblem(str(problem), getattr(error, "problem_mark", None)) from None
     except RecursionError:
         raise YAMLProblem(f"nested more than {DEEPEST} levels deep") from None
 

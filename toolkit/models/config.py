@@ -136,8 +136,9 @@ class TransformerConfig(
     def preset(cls, name: str) -> "TransformerConfig":
         """A named size, `toolkit models` lists them. Raises ConfigError: there is none."""
         data = preset(name)
-        kind = GPTConfig if data["type"] == "gpt" else TransformerConfig
-        return convert(data, kind).to_transformer()
+        if data["type"] == "gpt":
+            return convert(data, GPTConfig).to_transformer()
+        return convert(data, TransformerConfig)
 
     def to_transformer(self) -> "TransformerConfig":
         return self
