@@ -39,7 +39,7 @@ def test_merge_takes_values_by_path() -> None:
     assert merged.trainer.hard_stop.value == 5
     assert merged.model == config.model
     assert type(merged) is ExperimentConfig
-    assert config.model.merge(["num_layers=2"]).num_layers == 2
+    assert config.model.merge(["num_layers=2"]).to_transformer().num_layers == 2
     with pytest.raises(ConfigError, match="did you mean 'lr'"):
         config.merge(["train_module.optim.lrr=1"])
     with pytest.raises(ConfigError, match="seed: "):

@@ -64,7 +64,7 @@ def describe_path(path: str) -> list[Section]:
         fields = [_field(owners[0], name)] if owners else [Field(name, describe(target), None, "")]
         return [Section(path, "", fields)]
     many = _is_many(target)
-    found = []
+    found: list[Section] = []
     for struct, tag in zip(structs, _tags(target), strict=True):
         title = f"{path}{', each' if many else ''}{f' with type: {tag}' if tag else ''}"
         doc = " ".join(inspect.cleandoc(struct.cls.__doc__ or "").split())
