@@ -62,6 +62,8 @@ def python(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
         ("generate x --seed=18446744073709551616", "Invalid value for '--seed': "),
         ("train smoke --sequence-length x", "Invalid value for '--sequence-length': "),
         ("train smoke --json", "--json belongs to --dry-run; "),
+        ("train smoke --all", "--all belongs to --dry-run; "),
+        ("train smoke --dry-run --json --yaml", "--json and --yaml are ways to print one thing"),
         ("train smoke --dry-run --train_module.optim.lrr=1",
          "train_module.optim.lrr: no such field; did you mean 'lr'?"),
         ("recipes olmo2", "No such command 'olmo2'. `toolkit recipes --help` lists them."),
@@ -202,6 +204,9 @@ def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         "train",
         "resume",
         "prepare",
+        "init",
+        "models",
+        "schema",
         "recipes",
         "recipes copy",
         "runs",
@@ -279,6 +284,23 @@ def test_the_dry_run_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.run(["train", "again.json", "--dry-run", "--json"]) == 0
     assert capsys.readouterr().out == first
     assert json.loads(first)["trainer"]["hard_stop"] == {"value": 3, "unit": "steps"}
+    assert cli.run(["train", "again.json", "--dry-run", "--yaml"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert cli.run(["train", "again.yaml", "--dry-run", "--json"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("word", ["tra", "schem", "mod"])
+def test_the_shell_completes_commands(word: str) -> None:
+    asked = {
+        "_TOOLKIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"toolkit {word}",
+        "COMP_CWORD": "1",
+    }
+    code = "from toolkit.cli.main import main; import sys; sys.argv[1:] = []; main()"
+    found = python("-c", code, **asked).stdout.split()
+    assert found
+    assert all(name.startswith(word) for name in found)
 
 
 def test_libraries_that_nobody_asked_for_keep_quiet() -> None:

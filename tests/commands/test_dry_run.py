@@ -29,13 +29,30 @@ def test_it_shows_values_origins_and_consequences(tmp_path: Path) -> None:
     assert "train_module.optim.lr 0.006 < --train_module.optim.lr" in shown
     assert "model.d_model 192 < recipe quickstart" in shown
     assert "run.name run1 < --name" in shown
-    assert "trainer.hard_stop.unit steps" in shown
     assert "model 2,557,632 parameters (1,771,200 without embeddings)" in shown
     assert "hard stop after 20 steps, 40,960 tokens" in shown
     assert "engine single, 1 process" in shown
     assert f"writes {tmp_path}/runs/quickstart/run1" in shown
     assert f"{tmp_path}/data/python_stdlib/bpe4096" in shown
     assert not any(tmp_path.iterdir())
+
+
+def test_defaults_and_callbacks_that_are_off_are_left_out() -> None:
+    def paths(*flags: str, every: bool = False) -> list[str]:
+        text = summarize(load_experiment("quickstart", flags), {}, every=every)
+        return [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+
+    short, every = paths(), paths(every=True)
+    assert len(short) < len(every) / 3
+    assert {"model.d_model", "train_module.optim.lr", "trainer.max_duration.value"} <= set(short)
+    assert "model.bias" not in short  # given by the recipe, and the default
+    assert {"model.bias", "trainer.callbacks.profiler.enabled", "trainer.hard_stop"} <= set(every)
+    assert not any(path.startswith("trainer.callbacks.profiler") for path in short)
+    off = ["--trainer.callbacks.sample_writer.enabled=false", "--model.bias=false"]
+    shown = paths(*off)
+    assert "model.bias" in shown  # by a flag
+    writer = [path for path in shown if path.startswith("trainer.callbacks.sample_writer")]
+    assert writer == ["trainer.callbacks.sample_writer.enabled"]
 
 
 def test_it_counts_the_ranks_of_the_launcher() -> None:
@@ -135,6 +152,16 @@ def test_less_data_than_one_batch_is_an_error(tmp_path: Path) -> None:
     prepare_dataset(load_experiment("quickstart", flags).config.dataset, progress=False)
     with pytest.raises(DataError, match="not enough data for one batch: 4 instances of 256 tokens"):
         lines(*flags)
+    for environ in ({}, TWO_RANKS, TWO_RANKS | {"WORLD_SIZE": "8"}):
+        for more in ([], ["--train_module.rank_microbatch_size=768"]):
+            given = [*flags, *more]
+            if more:
+                given.append("--data_loader.global_batch_size=6144")
+            with pytest.raises(DataError) as error:
+                lines(*given, environ=environ)
+            advice = str(error.value).partition("these fit: ")[2].partition(", or give")[0]
+            text = "\n".join(lines(*given, *advice.split(), environ=environ))
+            assert "Nothing was written" in text
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from toolkit.cli import (
     data,
     doctor,
     generate,
+    init,
     ladder,
     launch,
     models,
@@ -61,6 +62,8 @@ _READING = (
     "schedule",
     "runs",
     "recipes",
+    "models",
+    "init",
     "schema",
     "batch",
     "generate",
@@ -101,11 +104,11 @@ _CHATTY = ("torchao", "torch.utils._pytree")
 app = typer.Typer(
     name="toolkit",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.command()(init.init)
 for _verb in (train.train, train.resume, train.prepare):
     app.command(context_settings=OVERRIDABLE)(_verb)
 app.command(context_settings=OVERRIDABLE, cls=launch.LaunchCommand)(launch.launch)
@@ -127,6 +130,7 @@ app.command("export-hf")(models.export_hf)
 app.command()(models.merge)
 app.command("eval")(models.evaluate)
 app.command()(generate.generate)
+app.command()(recipes.models)
 app.command()(recipes.schema)
 app.command()(doctor.doctor)
 

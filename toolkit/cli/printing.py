@@ -67,7 +67,7 @@ def print_table(
 
 
 def print_prose(text: str, *, indent: str = "") -> None:
-    """A paragraph, wrapped at the width of the terminal."""
+    """A paragraph, wrapped at the width of the terminal; in a pipe, one line."""
     if width := _terminal_width():
         text = textwrap.fill(
             text,
@@ -77,6 +77,8 @@ def print_prose(text: str, *, indent: str = "") -> None:
             break_long_words=False,
             break_on_hyphens=False,
         )
+    else:
+        text = indent + text
     typer.echo(text)
 
 

@@ -1,4 +1,4 @@
-"""`toolkit recipes` and `toolkit schema`: configs that come along, and what configs may hold."""
+"""`toolkit recipes`, `models` and `schema`: what comes along, and what configs may hold."""
 
 import json
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import argument
-from toolkit.cli.printing import print_prose, print_table
+from toolkit.cli.options import Json, argument
+from toolkit.cli.printing import print_json, print_prose, print_table
 from toolkit.errors import ConfigError
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -111,12 +111,65 @@ def copy(
     typer.echo(f"{path}: {then}")
 
 
-def schema() -> None:
-    """Print the JSON Schema of a config, every field described: for editors, and for reading.
+def schema(
+    path: Annotated[
+        str | None, argument("A part of the config, as in `trainer.callbacks`.", metavar="PATH")
+    ] = None,
+) -> None:
+    """Describe a part of the config: its fields, their types and defaults.
+
+    Without PATH, print the JSON Schema of the whole, for editors.
 
     \b
     Examples:
+      toolkit schema trainer.callbacks
+      toolkit schema optim.lr
       toolkit schema > schema.json
-      toolkit schema | less
     """
-    typer.echo(json.dumps(commands.recipes.experiment_schema(), indent=2))
+    if path is None:
+        typer.echo(json.dumps(commands.recipes.experiment_schema(), indent=2))
+        return
+    for position, section in enumerate(commands.schema.describe_path(path)):
+        if position:
+            typer.echo()
+        typer.echo(typer.style(section.title, bold=True))
+        if section.doc:
+            print_prose(section.doc)
+        for field in section.fields:
+            default = "required" if field.default is None else f"default {field.default}"
+            print_prose(f"{field.name}: {field.type}; {default}", indent="  ")
+            if field.doc:
+                print_prose(field.doc, indent="      ")
+
+
+def models(json: Json = False) -> None:
+    """List the named model sizes, for `--model.preset=NAME`.
+
+    \b
+    Examples:
+      toolkit models
+      toolkit models --json
+      toolkit train quickstart --model.preset=llama_271M --dry-run
+    """
+    presets = commands.presets.describe_presets()
+    if json:
+        print_json([preset._asdict() for preset in presets])
+        return
+    print_table(
+        ["preset", "parameters", "layers", "width", "heads", "vocabulary", "longest", "source"],
+        [
+            [
+                preset.name,
+                f"{preset.parameters:,}",
+                str(preset.layers),
+                f"{preset.width:,}",
+                preset.heads,
+                f"{preset.vocabulary:,}",
+                f"{preset.longest:,}",
+                preset.source,
+            ]
+            for preset in presets
+        ],
+        right=["parameters", "layers", "width", "heads", "vocabulary", "longest"],
+        ends_in_prose=True,
+    )

@@ -53,11 +53,15 @@ def train(
     dry_run: Annotated[
         bool, option("Show the resolved config and what follows; do nothing.", "--dry-run")
     ] = False,
+    every: Annotated[
+        bool, option("With --dry-run: all values, those at their defaults too.", "--all")
+    ] = False,
     json: Annotated[
         bool, option("With --dry-run: only the config, as a file `train` reads.", "--json")
     ] = False,
+    yaml: Annotated[bool, option("The same as YAML.", "--yaml")] = False,
 ) -> int:
-    """Train a model from a recipe or a JSON config.
+    """Train a model from a recipe or a config file.
 
     Any config value can be given by its path: --train_module.optim.lr=6e-3, with JSON or YAML
     values. `toolkit schema` describes all of them. --processes starts several processes, which
@@ -72,8 +76,12 @@ def train(
       toolkit train my.json --processes 8 --nodes 2 --node-rank 1 --head node0 --interface eth0
       accelerate launch -m toolkit train my.json
     """
-    if json and not dry_run:
-        raise ConfigError("--json belongs to --dry-run; give both to print the resolved config")
+    ways = [name for name, is_on in (("all", every), ("json", json), ("yaml", yaml)) if is_on]
+    if ways and not dry_run:
+        shown = "every value" if every else "the resolved config"
+        raise ConfigError(f"--{ways[0]} belongs to --dry-run; give both to print {shown}")
+    if len(ways) > 1:
+        raise ConfigError(f"--{' and --'.join(ways)} are ways to print one thing; give one")
     asked = commands.launching.planned(
         engine, processes, nodes, node_rank, head, interface, join_timeout
     )
@@ -88,9 +96,13 @@ def train(
     if not dry_run:
         return commands.train.train(loaded.config, origins=loaded.origins, stored=loaded.stored)
     environ = os.environ if asked is None else asked.environ(os.environ)
-    summary = commands.dry_run.summarize(loaded, environ)
+    summary = commands.dry_run.summarize(loaded, environ, every=every)
     if _is_rank_0():
-        typer.echo(loaded.stored.to_json() if json else summary)
+        if json:
+            summary = loaded.stored.to_json().decode()
+        elif yaml:
+            summary = commands.dry_run.as_yaml(loaded.stored)
+        typer.echo(summary)
     return EXIT_DONE
 
 

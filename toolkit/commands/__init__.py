@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
-    "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
-    "recipes", "replay", "report", "runs", "schedule", "sweep", "train", "tune", "tune_report",
-    "verify",
+    "generate", "init", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
+    "presets", "recipes", "replay", "report", "runs", "schedule", "schema", "sweep", "train",
+    "tune", "tune_report", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         evaluate_tasks,
         explain,
         generate,
+        init,
         ladder,
         launch,
         launching,
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
         merge,
         mix,
         plan,
+        presets,
         recipes,
         replay,
         report,
         runs,
         schedule,
+        schema,
         sweep,
         train,
         tune,

@@ -14,7 +14,9 @@ from toolkit.commands.plan.devices import CPU, GIB, find_device
 from toolkit.commands.plan.memory import least_memory
 from toolkit.commands.plan.plans import Target, job_of
 from toolkit.config import DEFAULT_ORIGIN, leaves
+from toolkit.config.defaults import differing
 from toolkit.config.secrets import mask_secrets
+from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
 from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
@@ -48,12 +50,15 @@ from toolkit.wording import count, labelled, prefixed
 _PARTS = {"pp": "stages", "cp": "positions", "tp": "matrices", "ep": "experts"}
 """Axis -> what its ranks share."""
 
+_CALLBACKS = "trainer.callbacks"
+
 _RANKS_SHOWN = 16
 """Of a table of ranks, besides the last one."""
 
 
-def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
-    """The dry run of an experiment under this launcher, as text for a terminal."""
+def summarize(loaded: LoadedExperiment, environ: Mapping[str, str], *, every: bool = False) -> str:
+    """The dry run of an experiment under this launcher, as text for a terminal: with `every` value,
+    or those that a flag gave or that differ from their default."""
     config = loaded.config
     layout, corpus = check(config, environ, loaded.origins)
     rows = [
@@ -71,9 +76,14 @@ def summarize(loaded: LoadedExperiment, environ: Mapping[str, str]) -> str:
     title = f"dry run of {loaded.source}" + (
         f": {config.description}" if config.description else ""
     )
-    lines = [title, "", *_config_lines(loaded), "", *labelled(rows), ""]
+    lines = [title, "", *_config_lines(loaded, every=every), "", *labelled(rows), ""]
     lines.append("Nothing was written. Leave out --dry-run to start.")
     return str(mask_secrets("\n".join(lines)))
+
+
+def as_yaml(config: ExperimentConfig) -> str:
+    """`config` as a YAML file that `train` reads."""
+    return dump_yaml(config.to_dict()).rstrip("\n")
 
 
 def check(
@@ -106,7 +116,7 @@ def check(
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and sound:
         with found.collecting():
-            check_corpus(config, corpus)
+            check_corpus(config, corpus, layout.batch_ranks)
             if config.dataset.mix is not None:
                 from toolkit.commands.mix import preview_mix
 
@@ -117,9 +127,11 @@ def check(
     return layout, corpus
 
 
-def _config_lines(loaded: LoadedExperiment) -> list[str]:
-    values = [(p, _shown(v)) for p, v in leaves(loaded.stored.to_dict()) if p != "description"]
-    path_width = max(len(path) for path, _ in values)
+def _config_lines(loaded: LoadedExperiment, *, every: bool) -> list[str]:
+    found = [(p, v) for p, v in leaves(loaded.stored.to_dict()) if p != "description"]
+    wanted = {path for path, _ in found} if every else _worth_showing(loaded)
+    values = [(p, _shown(v)) for p, v in found if p in wanted]
+    path_width = max((len(path) for path, _ in values), default=0)
     value_width = max((len(v) for p, v in values if len(v) <= 24), default=0)
     lines, section = [], ""
     for path, value in values:
@@ -129,7 +141,27 @@ def _config_lines(loaded: LoadedExperiment) -> list[str]:
         origin = loaded.origins[path]
         mark = "" if origin == DEFAULT_ORIGIN else f"  < {origin.partition('=')[0]}"
         lines.append(f"  {path:<{path_width}}  {value:<{value_width if mark else 0}}{mark}")
+    if len(values) < len(found):
+        hidden = count(len(found) - len(values), "value")
+        lines += ["", f"  {hidden} more, at their defaults or of callbacks that are off: --all"]
     return lines
+
+
+def _worth_showing(loaded: LoadedExperiment) -> set[str]:
+    """Paths of values that a flag gave, and of those that are not the default, unless of a callback
+    that is off."""
+    callbacks = loaded.stored.to_dict()["trainer"]["callbacks"]
+    is_off = {
+        f"{_CALLBACKS}.{name}."
+        for name, callback in callbacks.items()
+        if isinstance(callback, dict) and callback.get("enabled") is False
+    }
+    given = {path for path, origin in loaded.origins.items() if origin.startswith("--")}
+    return given | {
+        path
+        for path in differing(loaded.stored)
+        if path.endswith(".enabled") or not path.startswith(tuple(is_off))
+    }
 
 
 def _model(config: ExperimentConfig) -> list[str]:

@@ -76,7 +76,7 @@ def explain_resume(
     layout = refused.ask(lambda: layout_for(config, plan.environ))
     if layout is not None:
         refused.ask(lambda: check_experiment(config, layout.batch_ranks, layout=layout))
-    corpus = refused.ask(lambda: _corpus(config))
+    corpus = refused.ask(lambda: _corpus(config, 1 if layout is None else layout.batch_ranks))
     refused.ask(lambda: check_run_folder(config.run, ""))
     found = _look(config, folder, corpus, refused)
     batches = batches_of(config, corpus) if found.loader is None else found.loader.batches
@@ -110,7 +110,7 @@ class _Refusals(ErrorList):
             self.add(error)
 
 
-def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
+def _corpus(config: ExperimentConfig, ranks: int) -> CorpusInfo | None:
     corpus = read_corpus(config.data)
     if corpus is None:
         if config.dataset.source is None and config.dataset.mix is None:
@@ -120,7 +120,7 @@ def _corpus(config: ExperimentConfig) -> CorpusInfo | None:
             )
         return None
     check_corpus_settings(config.data, corpus)
-    check_corpus(config, corpus)
+    check_corpus(config, corpus, ranks)
     return corpus
 
 

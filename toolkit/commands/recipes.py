@@ -7,7 +7,7 @@ from toolkit.config.files import SCHEMA_KEY
 from toolkit.config.interpolation import variables
 from toolkit.config.paths import local_path
 from toolkit.config.schema import json_schema
-from toolkit.data.config import HFTokenizerConfig, HubSourceConfig
+from toolkit.data.config import TOKENIZER_PRESETS, HFTokenizerConfig, HubSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
@@ -83,6 +83,8 @@ def experiment_schema() -> dict[str, Any]:
     }
     choices = model.pop("anyOf", None)
     model["anyOf"] = [*(choices or [{"$ref": model.pop("$ref", None)}]), with_preset]
+    tokenizer = schema["$defs"]["DatasetConfig"]["properties"]["tokenizer"]
+    tokenizer["anyOf"] = [*tokenizer["anyOf"], {"enum": sorted(TOKENIZER_PRESETS)}]
     properties[SCHEMA_KEY] = {
         "type": "string",
         "description": "Where the schema of this file is, for editors.",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self, dataclass_transform
 
 import msgspec
 
+from toolkit.config.named import named
 from toolkit.errors import ConfigError
 
 UNSIGNED = "unsigned"
@@ -45,6 +46,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`; `__post_init__` checks it like one that was read from a file."""
         return msgspec.structs.replace(self, **changes)
+
+    def merge(self, overrides: Sequence[str]) -> Self:
+        """A copy with values by path, as on the command line: `["optim.lr=1e-3", "--seed=3"]`.
+        Raises ConfigError: a path or value does not fit."""
+        return named("toolkit.config.layers:merged")(self, overrides)
 
 
 def check_not_negative(config: Config, *names: str) -> None:

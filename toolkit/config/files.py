@@ -1,4 +1,4 @@
-"""Config files in JSON, with errors that point at the line and say what JSON takes."""
+"""Config files in JSON or YAML, with errors that point at the line and say what it takes."""
 
 import json
 import re
@@ -6,27 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.types import shown
+from toolkit.config.yaml_text import check_nesting, load_config_yaml
 from toolkit.errors import ConfigError
-from toolkit.storage.foreign import nesting, read_bytes, reason_of
+from toolkit.storage.foreign import read_bytes, reason_of
 
-DEEPEST = 100
-"""Mappings and lists inside each other; what nests deeper is no config."""
+YAML_SUFFIXES = (".yaml", ".yml")
 SCHEMA_KEY = "$schema"
 """Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
 
-_TO_JSON = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)"
 _HINTS = {
-    r"//|/\*|#": 'a comment, which JSON does not take; take it out ("description" takes a note)',
+    r"/\*": "a comment that does not end; it ends with */",
+    r"#": "a comment begins with //, or stands in /* */",
     r"'": 'text stands in double quotes, "like this"',
     r"True|False|None": "JSON writes true, false and null",
 }
 """Start of what JSON does not take -> what to do."""
+_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+"""Comments, and texts, in which none begins."""
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, without `$schema`. Raises ConfigError: the file cannot be read,
-    is not UTF-8 JSON (with line and column), repeats a key, nests too deep, or holds something else
-    than a mapping."""
+    """The mapping in a JSON or YAML file, without `$schema`. Raises ConfigError: the file cannot be
+    read, is not UTF-8 JSON or YAML (with line and column), repeats a key, nests too deep, or holds
+    something else than a mapping."""
     try:
         text = read_bytes(path, ConfigError).decode("utf-8-sig")
     except FileNotFoundError:
@@ -34,18 +36,26 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     if path.suffix.lower() == ".toml":
-        raise ConfigError(f"{path}: TOML is not read; write the config as JSON")
-    if path.suffix.lower() in (".yaml", ".yml"):
-        target = path.with_suffix(".json").name
-        raise ConfigError(
-            f"{path}: YAML is not read; make JSON of it: python -c '{_TO_JSON}' < {path} > "
-            f"{target}, then give {target}"
-        )
+        raise ConfigError(f"{path}: TOML is not read; write the config as JSON or YAML")
+    if path.suffix.lower() in YAML_SUFFIXES:
+        return _parse_yaml_mapping(text, str(path))
     return parse_json_mapping(text, str(path))
 
 
+def _parse_yaml_mapping(text: str, name: str) -> dict[str, Any]:
+    try:
+        data = load_config_yaml(text)
+    except ValueError as error:
+        place = getattr(error, "place", None)
+        where = f"{name}:{place[0]}:{place[1]}" if place else name
+        raise ConfigError(f"{where}: not valid YAML: {reason_of(error)}") from None
+    return _config_in(data, name)
+
+
 def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
-    """The mapping in JSON `text`, without `$schema`; `name` stands for the file in messages."""
+    """The mapping in JSON `text`, which may have comments, without `$schema`; `name` stands for the
+    file in messages."""
+    text = _COMMENT.sub(_blank, text)
     try:
         check_nesting(text)
         data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
@@ -53,15 +63,13 @@ def parse_json_mapping(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}:{_explain(text, error)}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid JSON: {reason_of(error)}") from None
+    return _config_in(data, name)
+
+
+def _config_in(data: Any, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected a mapping {{...}} of config sections at the top")
     return {key: value for key, value in data.items() if key != SCHEMA_KEY}
-
-
-def check_nesting(text: str) -> None:
-    """Raise ValueError where brackets stand too deep inside each other."""
-    if nesting(text.encode("utf-8", "surrogatepass")) > DEEPEST:
-        raise ValueError(f"nested more than {DEEPEST} levels deep")
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:
@@ -82,6 +90,12 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
     return f"{line}:{column}: not valid JSON: {problem}"
+
+
+def _blank(match: re.Match[str]) -> str:
+    """Spaces in the place of a comment, so that what follows keeps its line and column."""
+    found = match[0]
+    return found if found.startswith('"') else re.sub(r"[^\n]", " ", found)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,13 +8,13 @@
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from toolkit.config.base import Config
 from toolkit.config.check import Checked, check
 from toolkit.config.named import is_name
-from toolkit.config.overrides import Override, parse_value
+from toolkit.config.overrides import Override, parse_override_args, parse_value
 from toolkit.config.types import (
     CLASS,
     MODULE,
@@ -38,7 +38,7 @@ from toolkit.config.types import (
     type_of,
     value_type,
 )
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, ErrorList
 from toolkit.wording import count
 
 DEFAULT_ORIGIN = "default"
@@ -220,6 +220,19 @@ class ConfigLayers(Generic[T]):
         # A list of scalars is one leaf, of which a later layer may have set an item.
         inside = [origin for known, origin in self._origins.items() if known.startswith(f"{path}.")]
         return inside[-1] if inside else self._origins.get(path.rpartition(".")[0], DEFAULT_ORIGIN)
+
+
+def merged(config: T, overrides: Sequence[str]) -> T:
+    """`config` with overrides, `PATH=VALUE` with or without two dashes before it."""
+    layers = ConfigLayers(type(config))
+    layers.add(config.to_dict(), "config")
+    words = [word if word.startswith("--") else f"--{word}" for word in overrides]
+    names = type(config).__struct_fields__
+    for override in parse_override_args(words, sections=names, root=type_of(type(config))):
+        layers.set(override.path, layers.parse(override), override.flag)
+    checked = layers.check()
+    ErrorList(checked.errors).raise_any()
+    return checked.config
 
 
 def leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -120,6 +120,13 @@ TokenizerConfig = (
 )
 
 
+TOKENIZER_PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {"type": "hf", "path": "openai-community/gpt2"},
+    "dolma2": {"type": "hf", "path": "allenai/dolma2-tokenizer"},
+}
+"""Name that may stand for a tokenizer -> what it stands for; 50,257 and 100,278 ids."""
+
+
 class FixedInstancesConfig(Config, kw_only=True, tag_field="type", tag="fixed"):
     """All documents one after the other, cut every `sequence_length` tokens."""
 

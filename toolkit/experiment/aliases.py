@@ -1,4 +1,4 @@
-"""Names that OLMo-core has for values of ours: taken, and kept under our names.
+"""Names that stand for values of ours, OLMo-core's and those of tokenizers: kept under our names.
 
 A name stands here only where it means the same; what differs stays an unknown name.
 """
@@ -6,6 +6,7 @@ A name stands here only where it means the same; what differs stays an unknown n
 from typing import Any
 
 from toolkit.config.types import join, shown
+from toolkit.data.config import TOKENIZER_PRESETS
 from toolkit.errors import ConfigError
 
 ALIASES: dict[str, str] = {
@@ -48,6 +49,7 @@ _PARAMETERS = {
     "lm_head.norm.weight": "head.norm.weight",
 }
 _PATTERNS = ("train_module.optim.group_overrides", "train_module.freeze")
+_TOKENIZER = "dataset.tokenizer"
 _BUDGET, _AC_CONFIG = "train_module.ac_config.budget", "train_module.ac_config"
 
 
@@ -68,6 +70,8 @@ def our_value(path: str, value: Any) -> Any:
 
 def _our_words(path: str, value: Any) -> Any:
     if isinstance(value, str):
+        if path == _TOKENIZER and value in TOKENIZER_PRESETS:
+            return dict(TOKENIZER_PRESETS[value])
         return _TYPES.get(path, {}).get(value, value)
     if path.startswith(_PATTERNS):
         return _our_patterns(value)

@@ -5,6 +5,7 @@ Every error names the keys it is about and the nearest values that work.
 
 import contextlib
 import os
+import shlex
 from collections.abc import Mapping
 
 from toolkit.data.config import BPETokenizerConfig, ByteTokenizerConfig
@@ -25,6 +26,7 @@ from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.small_data import sizes_that_fit
 from toolkit.models.config import ClassModelConfig, ModuleConfig
 from toolkit.models.parameters import (
     TrainedParameters,
@@ -229,8 +231,9 @@ def _check_adapter(config: ExperimentConfig) -> None:
         raise ConfigError(NO_BASE, about=("train_module.lora", *LOADING))
 
 
-def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
-    """Check that `config` can train on this data, as far as manifests tell."""
+def check_corpus(config: ExperimentConfig, corpus: CorpusInfo, ranks: int = 1) -> None:
+    """Check that `config` can train on this data over `ranks` data-parallel ranks, as far as
+    manifests tell."""
     is_endless = corpus.rows is None and not corpus.parts
     for name in ("max_duration", "hard_stop"):
         limit = getattr(config.trainer, name)
@@ -249,10 +252,12 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo) -> None:
             f"{count(number, 'instance')} of {length} tokens" for length, number in rows
         )
         needs = f", and needs {batch // rows[0][0]:,}" if len(rows) == 1 else ""
+        flags = shlex.join(sizes_that_fit(config, instances, ranks))
+        advice = f"these fit: {flags}" if flags else "make one of the two smaller"
         raise DataError(
             f"{corpus.where}: not enough data for one batch: {have or 'no instances'} "
             f"({SEQUENCE} {config.dataset.sequence_length}), {GLOBAL_BATCH} is {batch}{needs}; "
-            "make one of the two smaller, or give more text"
+            f"{advice}, or give more text"
         )
 
 

@@ -28,6 +28,7 @@ from toolkit.config import (
     read_json_mapping,
 )
 from toolkit.config.check import check
+from toolkit.config.files import YAML_SUFFIXES
 from toolkit.config.interpolation import fill
 from toolkit.config.paths import local_path
 from toolkit.config.secrets import check_no_secrets
@@ -188,8 +189,10 @@ def _read_source(source: str) -> tuple[dict[str, Any], str]:
     if source in recipe_names():
         return parse_json_mapping(recipe_text(source), f"recipe {source}"), f"recipe {source}"
     if path.is_dir():
-        raise ConfigError(f"{source}: a folder; give a JSON file or a recipe ({recipe_hint('')})")
-    is_path = source.endswith(".json") or "/" in source.removeprefix(OFFICIAL)
+        raise ConfigError(
+            f"{source}: a folder; give a JSON or YAML file or a recipe ({recipe_hint('')})"
+        )
+    is_path = source.endswith((".json", *YAML_SUFFIXES)) or "/" in source.removeprefix(OFFICIAL)
     kind = "file" if is_path else "recipe or file"
     near = source.removesuffix(".json") if source.startswith(OFFICIAL) else path.stem
     raise ConfigError(f"{source}: no such {kind}; {recipe_hint(near)}")

@@ -207,7 +207,7 @@ def _run(
     try:
         corpus = data.prepare(config)
         if corpus is not None:
-            check_corpus(config, corpus)
+            check_corpus(config, corpus, layout.batch_ranks)
         is_first = "torch" not in sys.modules
         # It needs torch: bad text is reported seconds sooner without it.
         from toolkit.experiment.device_checks import check_device

@@ -236,7 +236,7 @@ def _compare(source: Path, config: TransformerConfig, step: Path, known: list[in
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    from toolkit.config.overrides import load_yaml
+    from toolkit.config.yaml_text import load_yaml
 
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()

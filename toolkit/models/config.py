@@ -4,12 +4,13 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from toolkit.config import Config
+from toolkit.config import Config, convert
 from toolkit.config.base import check_positive
 from toolkit.config.named import named, users_object, users_subclass
 from toolkit.errors import ConfigError
 from toolkit.models import shapes
 from toolkit.models.architecture import Architecture
+from toolkit.models.presets import preset
 
 LARGEST: dict[str, int] = {
     "vocab_size": 1 << 31,
@@ -130,6 +131,14 @@ class TransformerConfig(
                 f"{self.num_parameters:.1e} parameters are more than any model has (at most "
                 f"{MOST_PARAMETERS:.0e})"
             )
+
+    @classmethod
+    def preset(cls, name: str) -> "TransformerConfig":
+        """A named size, `toolkit models` lists them. Raises ConfigError: there is none."""
+        data = preset(name)
+        if data["type"] == "gpt":
+            return convert(data, GPTConfig).to_transformer()
+        return convert(data, TransformerConfig)
 
     def to_transformer(self) -> "TransformerConfig":
         return self

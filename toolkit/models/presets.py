@@ -177,6 +177,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+SOURCES: dict[str, str] = {
+    "quickstart": "ours, for two CPU cores",
+    "bench_7M": "ours, for benchmarks",
+    "gpt2_124M": "openai-community/gpt2 (Radford et al. 2019)",
+    "gpt2_1558M": "openai-community/gpt2-xl (Radford et al. 2019)",
+    "smollm2_135M": "HuggingFaceTB/SmolLM2-135M, as it was pretrained",
+    "smollm2_360M": "HuggingFaceTB/SmolLM2-360M, as it was pretrained",
+    "llama_271M": "OLMo-core's llama2_271M, with GPT-2's vocabulary",
+    "olmo2_190M": "OLMo-core's olmo2_190M",
+    "olmo2_1B": "allenai/OLMo-2-0425-1B",
+    "olmo2_7B": "allenai/OLMo-2-1124-7B",
+    "olmo2_13B": "allenai/OLMo-2-1124-13B",
+    "olmo2_32B": "allenai/OLMo-2-0325-32B",
+    "olmoe_1B_7B": "allenai/OLMoE-1B-7B-0924",
+    "llama3_8B": "meta-llama/Meta-Llama-3-8B",
+    "llama3_70B": "meta-llama/Meta-Llama-3-70B",
+    "qwen3_0.6B": "Qwen/Qwen3-0.6B-Base",
+    "qwen3_1.7B": "Qwen/Qwen3-1.7B-Base",
+    "qwen3_4B": "Qwen/Qwen3-4B-Base",
+    "qwen3_8B": "Qwen/Qwen3-8B-Base",
+    "qwen3_14B": "Qwen/Qwen3-14B-Base",
+    "qwen3_32B": "Qwen/Qwen3-32B",
+    "qwen3_30B_A3B": "Qwen/Qwen3-30B-A3B-Base",
+}
+"""Preset -> the model whose shape it has."""
+
+
 def preset(name: str) -> dict[str, Any]:
     """The fields of a model config, `type` included, as plain data for a recipe. Raises
     ConfigError for an unknown name, with the nearest known one."""

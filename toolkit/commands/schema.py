@@ -1,0 +1,141 @@
+"""What a part of a config may hold, in words: for readers; `config/schema.py` is for editors."""
+
+import inspect
+import json
+from typing import Any, NamedTuple
+
+from toolkit.config.schema import field_docs
+from toolkit.config.types import (
+    CLASS,
+    MODULE,
+    child_type,
+    describe,
+    field_default,
+    item_type,
+    path_hint,
+    paths_to,
+    struct_types,
+    tag_names,
+    type_of,
+    value_type,
+)
+from toolkit.data.config import TOKENIZER_PRESETS
+from toolkit.errors import ConfigError
+from toolkit.experiment.aliases import our_path
+from toolkit.experiment.config import ExperimentConfig
+
+_LONGEST_DEFAULT = 60
+_BY_NAME = {
+    "model": '{"preset": NAME} stands for a named size; `toolkit models` lists them.',
+    "dataset.tokenizer": f"A name stands for one too: {', '.join(TOKENIZER_PRESETS)}.",
+}
+"""Path -> what may stand there in the place of its fields."""
+
+
+class Field(NamedTuple):
+    name: str
+    type: str
+    """What a user writes for it, in words."""
+    default: str | None
+    """As JSON; None where it must be given."""
+    doc: str
+
+
+class Section(NamedTuple):
+    """One struct of a config, or one field by itself."""
+
+    title: str
+    doc: str
+    fields: list[Field]
+
+
+def describe_path(path: str) -> list[Section]:
+    """What may stand at the dotted `path`: a section for each struct it may be, or one for a single
+    value. A path may be cut short where only one ends like it. Raises ConfigError: nothing is
+    there; names what looks like it."""
+    path = _full(our_path(path))
+    owner, target, above = None, type_of(ExperimentConfig), ""
+    for name in path.split("."):
+        owner, target = target, child_type(target, name, above, {})
+        above = f"{above}.{name}".lstrip(".")
+    structs = _structs(target)
+    if not structs:
+        owners = [s for s in struct_types(owner) if name in _names(s)]
+        fields = [_field(owners[0], name)] if owners else [Field(name, describe(target), None, "")]
+        return [Section(path, "", fields)]
+    many = _is_many(target)
+    found: list[Section] = []
+    for struct, tag in zip(structs, _tags(target), strict=True):
+        title = f"{path}{', each' if many else ''}{f' with type: {tag}' if tag else ''}"
+        doc = " ".join(inspect.cleandoc(struct.cls.__doc__ or "").split())
+        doc = f"{doc} {_BY_NAME.get(path, '')}".strip() if not found else doc
+        found.append(Section(title, doc, [_field(struct, name) for name in _names(struct)]))
+    return found
+
+
+def _full(path: str) -> str:
+    """The full path that `path` is the end of, where there is one alone."""
+    root = type_of(ExperimentConfig)
+    try:
+        above, target = "", root
+        for name in path.split("."):
+            target = child_type(target, name, above, {})
+            above = f"{above}.{name}".lstrip(".")
+    except ConfigError as error:
+        ends = [p for p in paths_to(root, path, most=None) if f".{p}".endswith(f".{path}")]
+        if len(ends) == 1:
+            return ends[0]
+        if ends or "did you mean" not in error.problem:
+            raise ConfigError(f"{path}: no such field; {path_hint(root, path)}") from None
+        raise
+    return path
+
+
+def _is_many(target: Any) -> bool:
+    return not struct_types(target) and bool(_structs(target))
+
+
+def _structs(target: Any) -> list[Any]:
+    """The structs at `target`, or else of its items or values."""
+    for inner in (target, item_type(target, 0), value_type(target)):
+        if inner is not None and (found := struct_types(inner)):
+            return found
+    return []
+
+
+def _tags(target: Any) -> list[str]:
+    """The tag of each of `_structs` as a user writes it; empty where there is but one."""
+    structs = _structs(target)
+    if len(structs) == 1:
+        return [""]
+    return ["module:Class" if s.tag in (CLASS, MODULE) else str(s.tag) for s in structs]
+
+
+def _names(struct: Any) -> list[str]:
+    return [field.encode_name for field in struct.fields]
+
+
+def _field(struct: Any, name: str) -> Field:
+    field = next(field for field in struct.fields if field.encode_name == name)
+    default = None
+    if not field.required:
+        text = json.dumps(field_default(struct, name, {}), ensure_ascii=False)
+        brackets = {"{": "{...}", "[": "[...]"}
+        default = (
+            text if len(text) <= _LONGEST_DEFAULT else brackets.get(text[0], f"{text[:56]}...")
+        )
+    return Field(name, _words(field.type), default, field_docs(struct.cls).get(name, ""))
+
+
+def _words(target: Any) -> str:
+    structs = struct_types(target)
+    if len(structs) > 1:
+        return f"a section whose type is one of {', '.join(tag_names(target))}"
+    if structs:
+        return "a section"
+    text = describe(target)
+    for word, inner in (("a list", item_type(target, 0)), ("a mapping", value_type(target))):
+        if inner is not None and word in text:
+            items = "sections" if struct_types(inner) else f"items: {_words(inner)}"
+            text = text.replace(word, f"{word} of {items}", 1)
+    return text
