@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
-    "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
+    "batch", "convert", "data", "doctor", "doctor_ranks", "dry_run", "evaluate", "evaluate_tasks",
+    "explain", "generate", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
     "recipes", "replay", "runs", "schedule", "sweep", "train", "tune", "tune_report", "verify",
 ]  # fmt: skip
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         convert,
         data,
         doctor,
+        doctor_ranks,
         dry_run,
         evaluate,
         evaluate_tasks,
