@@ -40,7 +40,7 @@ def test_this_machine_can_train(
     assert any(line.startswith("  device ") and "`auto` is" in line for line in lines)
     assert any("run folder" in line and str(tmp_path) in line for line in lines)
     assert len(lines) <= 24, "one screen"
-    said = {words[1]: words[2] for line in lines[:-1] if (words := re.split(r"  +", line, 2))}
+    said = dict(re.findall(r"^.. ?(\S.*?)  +(.*)$", "\n".join(lines[:-1]), flags=re.MULTILINE))
     assert re.match(r"fp32 [\d.]+ [GT]FLOP/s, bf16 ", said["matmul"])
     assert re.match(r"write [\d.]+ [MG]B/s, ", said["run folder"])
     assert said["file system"].endswith(
@@ -124,12 +124,14 @@ def fails(error: Exception) -> Any:
         (doctor_speed, "matmul_speeds", fails(torch.OutOfMemoryError()),
          ("note", "matmul", "not measured: another program has the GPU's memory")),
         (os, "link", fails(PermissionError(1, "Operation not permitted")),
-         ("note", "file system", "hard links (Operation not permitted) cannot be relied on")),
-        (fcntl, "flock", lambda *_: None, ("note", "file system", ": locks cannot be relied on")),
-        (time, "time", lambda: 0.0, ("note", "file system", ": its clock cannot be relied on")),
+         ("note", "file system", ": not to be relied on: hard links (Operation not ")),
+        (fcntl, "flock", lambda *_: None,
+         ("note", "file system", ": not to be relied on: locks; ")),
+        (time, "time", lambda: 0.0, ("note", "file system", ": not to be relied on: its clock; ")),
         (os, "fsync", fails(OSError(22, "Invalid argument")),
-         ("failed", "file system", "fsync (Invalid argument) do not work; put runs on another")),
-        (doctor_files, "_replaces", lambda place: False, ("failed", "file system", ": rename do ")),
+         ("failed", "file system", ": not working: fsync (Invalid argument); put runs on another")),
+        (doctor_files, "_replaces", lambda place: False,
+         ("failed", "file system", ": not working: rename; ")),
         (doctor, "installed_version", lambda name: "11.5.3" if name == "pynvml" else None,
          ("note", "packages", "pynvml 11.5.3: it hides nvidia-ml-py")),
         (metadata, "requires", lambda name: ["numpy<1", "none-such==1"],

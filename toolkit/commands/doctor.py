@@ -235,7 +235,7 @@ def _disk_speeds(folder: Path) -> Iterator[Finding]:
             speed = disk_speed(inside / "file")
             read = "" if speed.read is None else f", read {prefixed(speed.read, 'B/s')}"
             text = f"write {prefixed(speed.write, 'B/s')}{read}"
-            yield Finding("ok", f"{about}", f"{text}, from memory {prefixed(speed.cached, 'B/s')}")
+            yield Finding("ok", about, f"{text}, from memory {prefixed(speed.cached, 'B/s')}")
 
 
 def _file_system(folder: Path) -> Iterator[Finding]:
@@ -246,10 +246,10 @@ def _file_system(folder: Path) -> Iterator[Finding]:
         failing = doctor_files.missing_guarantees(place)
         lacking = doctor_files.missing_comforts(place)
     if failing:
-        text = f"{kind}: {', '.join(failing)} do not work; put runs on another disk (run.root)"
+        text = f"{kind}: not working: {', '.join(failing)}; put runs on another disk (run.root)"
         yield Finding("failed", "file system", text)
     if lacking:
-        text = f"{kind}: {', '.join(lacking)} cannot be relied on; start a run from one machine"
+        text = f"{kind}: not to be relied on: {', '.join(lacking)}; start a run from one machine"
         yield Finding("note", "file system", text)
     if not failing and not lacking:
         text = f"{kind}: fsync, rename, exclusive files, locks, links and clock work"
