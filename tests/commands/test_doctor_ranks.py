@@ -29,8 +29,8 @@ def examined(folder: str, hosts: list[str], others: Mapping[int, str], local: li
         Finding("note" if rank else "ok", "disks", f"of rank {rank}"),
     ]
     with (
-        mock.patch.object(doctor_ranks, "host_name", lambda: hosts[rank]),
-        mock.patch.object(doctor_ranks, "examine", lambda **_: found),
+        mock.patch.object(doctor_ranks, "host_name", return_value=hosts[rank]),
+        mock.patch.object(doctor_ranks, "examine", return_value=found),
     ):
         gathered = doctor_ranks.examine_ranks(folder=Path(others.get(rank, folder)))
     return [tuple(finding) for finding in gathered.told()], gathered.as_records()

@@ -7,9 +7,9 @@ from toolkit.errors import CheckpointError
 
 
 def check_push(repo: str) -> None:
-    """Before anything is written: `repo` can be a name, and there is a token. Raises
-    CheckpointError."""
-    from huggingface_hub import get_token
+    """Before anything is written: `repo` can be a name, there is a token, and nobody asked
+    to stay offline. Raises CheckpointError."""
+    from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -21,6 +21,8 @@ def check_push(repo: str) -> None:
         raise CheckpointError(
             f"--push-to-hub {repo}: no token is known; log in with `hf auth login`, or set HF_TOKEN"
         )
+    if constants.is_offline_mode():
+        raise CheckpointError(f"--push-to-hub {repo}: the hub is offline; unset HF_HUB_OFFLINE")
 
 
 def push_folder(folder: Path, repo: str, *, private: bool = False, message: str) -> str:
