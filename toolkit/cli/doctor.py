@@ -17,7 +17,7 @@ from toolkit.cli.options import (
     option,
 )
 from toolkit.cli.printing import print_json
-from toolkit.distributed.launcher import has_launcher, rank_of, world_size_of
+from toolkit.distributed.ranks import check_launcher_variables
 
 
 def doctor(
@@ -52,21 +52,24 @@ def doctor(
       toolkit doctor --launch --nodes 2 --node-rank 1 --head node0
       srun toolkit doctor --launch --json
     """
-    if launch and processes is None and not has_launcher(os.environ):
+    ranks = 0
+    if launch or processes is not None:
+        check_launcher_variables()
+        ranks = int(os.environ.get("WORLD_SIZE", "0"))
+    if launch and processes is None and not ranks:
         processes = commands.doctor_ranks.usual_processes()
     asked = commands.launching.planned(
         None, processes, nodes, node_rank, head, interface, join_timeout
     )
     if asked is not None and asked.starts_workers:
         return commands.doctor_ranks.start(asked, context.obj.words, debug=context.obj.debug)
-    wants_ranks = launch or processes is not None
-    if wants_ranks and world_size_of(os.environ) > 1:
+    if ranks > 1:
         gathered = commands.doctor_ranks.examine_ranks()
         found, records = gathered.told(), gathered.as_records()
     else:
         found = commands.doctor.examine()
         records = commands.doctor.as_records(found)
-    if rank_of(os.environ) == 0:
+    if os.environ.get("RANK", "0") == "0":
         if json:
             print_json(records)
         else:

@@ -20,7 +20,6 @@ from toolkit.commands.doctor_speed import all_reduce_speed, matmul_speeds
 from toolkit.distributed.devices import pick_device
 from toolkit.distributed.launcher import rank_of, world_size_of
 from toolkit.distributed.process_groups import close_process_groups, open_process_groups
-from toolkit.distributed.ranks import check_launcher_variables
 from toolkit.experiment.recorded import VERSIONED
 from toolkit.launch.capacity import capacity_here, check_processes
 from toolkit.launch.messages import Common
@@ -77,9 +76,8 @@ def start(plan: LaunchPlan, words: Sequence[str], *, debug: bool = False) -> int
 
 
 def examine_ranks(*, folder: Path | None = None) -> Gathered:
-    """The report of all processes of this launch, the same on each. Raises ConfigError: the
-    launcher's variables do not fit, or this process has no GPU for itself."""
-    check_launcher_variables()
+    """The report of all processes of this launch, the same on each. Raises ConfigError: this
+    process has no GPU for itself, or see `open_process_groups`."""
     environ, place = os.environ, folder or Path.cwd()
     local, here = int(environ.get("LOCAL_RANK", "0")), environ.get("LOCAL_WORLD_SIZE")
     device = pick_device(local, int(here) if here else None)
