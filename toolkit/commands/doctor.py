@@ -231,7 +231,9 @@ def _disk_speeds(folder: Path) -> Iterator[Finding]:
     if cache.is_dir() and cache.stat().st_dev != folder.stat().st_dev:
         places["cache folder"] = cache
     for about, place in places.items():
-        with contextlib.suppress(PermissionError), _scratch(place) as inside:
+        if not os.access(place, os.W_OK):
+            continue
+        with _scratch(place) as inside:
             speed = disk_speed(inside / "file")
             read = "" if speed.read is None else f", read {prefixed(speed.read, 'B/s')}"
             text = f"write {prefixed(speed.write, 'B/s')}{read}"
@@ -241,6 +243,8 @@ def _disk_speeds(folder: Path) -> Iterator[Finding]:
 def _file_system(folder: Path) -> Iterator[Finding]:
     from toolkit.commands import doctor_files
 
+    if not os.access(folder, os.W_OK):  # "disks" has said so
+        return
     kind = doctor_files.kind_of_file_system(folder) or "of unknown kind"
     with _scratch(folder) as place:
         failing = doctor_files.missing_guarantees(place)
