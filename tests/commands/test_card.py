@@ -40,11 +40,11 @@ def test_sizes_are_those_that_were_trained_on() -> None:
 
 
 def test_files_of_a_data_set_on_the_hub_name_it() -> None:
-    paths = (
+    paths = [
         "hf://datasets/allenai/c4/en/*.json.gz",
         "hf://datasets/allenai/c4@main/fr/1.json.gz",
         "https://huggingface.co/datasets/me/mine.v2/resolve/main/a.jsonl",
         "texts/allenai/c4/",
-    )
+    ]
     dataset = DatasetConfig(source=FilesSourceConfig(paths=paths))
     assert hub_data_sets(dataset) == ["allenai/c4", "me/mine.v2"]
