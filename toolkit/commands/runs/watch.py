@@ -27,10 +27,13 @@ class View(NamedTuple):
 
 
 def newest_running(root: str, registry_url: str | None) -> Path:
-    """The run that was started last among those that train. Raises RunError: none does."""
+    """The run that was started last among those that train. Raises RunError: none does.
+
+    The folders are asked, since the registry may not know yet that a run has just begun.
+    """
     runs = [
         run
-        for run in list_runs(root, registry_url=registry_url, check=False)
+        for run in list_runs(root, registry_url=registry_url, check=True)
         if run.state == "running"
     ]
     if not runs:
