@@ -1,21 +1,32 @@
 """`toolkit doctor` on this machine, and on machines that lack something."""
 
+import fcntl
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from toolkit.cli.main import run
-from toolkit.commands import doctor
+from toolkit.commands import doctor, doctor_files, doctor_speed
 from toolkit.commands.doctor import Finding, describe, examine, exit_code
 from toolkit.distributed import devices
 from toolkit.errors import ConfigError
+from toolkit.runs.files import RUN_FILES
+from toolkit.runs.lock import own_info
+from toolkit.storage.atomic import write_json_atomic
 
 
 def test_this_machine_can_train(
@@ -28,6 +39,15 @@ def test_this_machine_can_train(
     assert lines[0].startswith("  versions ")
     assert any(line.startswith("  device ") and "`auto` is" in line for line in lines)
     assert any("run folder" in line and str(tmp_path) in line for line in lines)
+    assert len(lines) <= 24, "one screen"
+    said = dict(re.findall(r"^.. ?(\S.*?)  +(.*)$", "\n".join(lines[:-1]), flags=re.MULTILINE))
+    assert re.match(r"fp32 [\d.]+ [GT]FLOP/s, bf16 ", said["matmul"])
+    assert re.match(r"write [\d.]+ [MG]B/s, ", said["run folder"])
+    assert said["file system"].endswith(
+        "fsync, rename, exclusive files, locks, links and clock work"
+    )
+    assert said["locks"] == f"{tmp_path}/runs: none that a dead run left"
+    assert f"torch {torch.__version__} is built for " in said["driver"]
     assert run(["doctor", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert {frozenset(record) for record in records} == {frozenset(("level", "about", "text"))}
@@ -51,6 +71,19 @@ def test_one_failure_is_the_exit_code_and_is_marked(
     assert json.loads(capsys.readouterr().out)[1]["level"] == "failed"
     assert exit_code(found[:1]) == 0
     assert describe(found[:1]).endswith("ready to train")
+
+
+CHECKS = (
+    *("versions", "packages", "driver", "device", "matmul", "compiler", "disks", "disk_speeds"),
+    *("file_system", "locks", "limits", "network", "extras"),
+)
+
+
+def only(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check in CHECKS
+    for other in CHECKS:
+        if other != check:
+            monkeypatch.setattr(doctor, f"_{other}", lambda *_, **__: iter(()))
 
 
 def usage(**sizes: int) -> Any:
@@ -88,6 +121,21 @@ def fails(error: Exception) -> Any:
         (shutil, "disk_usage", fails(OSError("no such device")),
          ("failed", "disks", "no such device")),
         (doctor.socket, "socket", fails(OSError("no net")), ("failed", "network", "no net")),
+        (doctor_speed, "matmul_speeds", fails(torch.OutOfMemoryError()),
+         ("note", "matmul", "not measured: another program has the GPU's memory")),
+        (os, "link", fails(PermissionError(1, "Operation not permitted")),
+         ("note", "file system", ": not to be relied on: hard links (Operation not ")),
+        (fcntl, "flock", lambda *_: None,
+         ("note", "file system", ": not to be relied on: locks; ")),
+        (time, "time", lambda: 0.0, ("note", "file system", ": not to be relied on: its clock; ")),
+        (os, "fsync", fails(OSError(22, "Invalid argument")),
+         ("failed", "file system", ": not working: fsync (Invalid argument); put runs on another")),
+        (doctor_files, "_replaces", lambda place: False,
+         ("failed", "file system", ": not working: rename; ")),
+        (doctor, "installed_version", lambda name: "11.5.3" if name == "pynvml" else None,
+         ("note", "packages", "pynvml 11.5.3: it hides nvidia-ml-py")),
+        (metadata, "requires", lambda name: ["numpy<1", "none-such==1"],
+         ("note", "packages", "torch needs numpy<1, here is ")),
         (doctor, "installed_version", lambda name: None,
          ("ok", "extras", "not installed: ")),
     ],
@@ -98,9 +146,7 @@ def test_what_is_missing_is_a_line(
 ) -> None:  # fmt: skip
     checks = {"system": "versions", "run folder": "disks", "shared memory": "disks"}
     check = checks.get(expected[1], "versions" if expected[1] == "libraries" else expected[1])
-    for other in ("versions", "device", "compiler", "disks", "limits", "network", "extras"):
-        if other != check:
-            monkeypatch.setattr(doctor, f"_{other}", lambda *_: iter(()))
+    only(check.replace(" ", "_"), monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, value)
         found = examine(folder=tmp_path)
@@ -127,3 +173,27 @@ def test_several_gpus_get_the_line_that_uses_them(monkeypatch: pytest.MonkeyPatc
     assert device.text.startswith("2 GPUs, the first ")
     assert "with 80 GiB" in device.text
     assert start.text == "toolkit train CONFIG --processes 2"
+
+
+def test_locks_of_dead_runs_are_told(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name, pid in (("live", os.getpid()), ("dead", gone.pid)):
+        info = tmp_path / "group" / name / RUN_FILES.lock_info
+        info.parent.mkdir(parents=True)
+        write_json_atomic(info, msgspec.structs.replace(own_info(), pid=pid))
+    (found,) = doctor._locks(tmp_path)
+    assert found.level == "note"
+    assert "left by dead writers of group/dead; `toolkit resume RUN`" in found.text
+
+
+def test_a_port_in_use_is_a_note_unless_it_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(doctor, "DEFAULT_PORT", port)
+        (found,) = doctor._network()
+        assert (found.level, f"port {port}: Address already in use" in found.text) == ("note", True)
+        (found,) = doctor._network(has_peers=True)
+        assert found.level == "ok"

@@ -132,6 +132,19 @@ def export_hf(
             shown="if there is memory for it",
         ),
     ] = None,
+    license: Annotated[
+        str | None,
+        option(
+            "License that the card names, as in apache-2.0.", shown="the base model's", metavar="ID"
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        option("Then upload the folder to this repository of the hub.", metavar="OWNER/NAME"),
+    ] = None,
+    private: Annotated[
+        bool, option("With --push-to-hub: a new repository is private.", "--private")
+    ] = False,
 ) -> None:
     """Write a model as a folder that AutoModelForCausalLM.from_pretrained loads.
 
@@ -147,7 +160,10 @@ def export_hf(
       toolkit export-hf runs/quickstart/first exported/first
       toolkit export-hf runs/quickstart/first/checkpoints/step200 step200 --dtype bf16
       toolkit export-hf runs/finetune_lora/first merged --merge-adapter --max-shard-size 2GB
+      toolkit export-hf runs/quickstart/first out --license apache-2.0 --push-to-hub me/first
     """
+    if private and push_to_hub is None:
+        raise ConfigError("--private belongs to --push-to-hub OWNER/NAME; give both")
     found, exported = commands.convert.export_model(
         source,
         out,
@@ -157,6 +173,8 @@ def export_hf(
         tokenizer=tokenizer,
         weights=weights,
         check=check,
+        license=license,
+        push_to=push_to_hub,
     )
     files = count(len(exported.weight_files), "file")
     kind = str(exported.dtype).removeprefix("torch.")
@@ -178,6 +196,9 @@ def export_hf(
         )
     if not exported.has_tokenizer:
         typer.echo("no tokenizer is known for this model; --tokenizer FOLDER adds one")
+    if push_to_hub is not None:
+        address = commands.convert.push(found, exported, push_to_hub, private=private)
+        typer.echo(f"uploaded: {address}")
     if exported.is_adapter:
         typer.echo(f'PeftModel.from_pretrained(base, "{out}") loads it')
         return

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "batch", "convert", "data", "doctor", "dry_run", "evaluate", "evaluate_tasks", "explain",
-    "generate", "init", "ladder", "launch", "launching", "load", "merge", "mix", "plan",
-    "presets", "recipes", "replay", "report", "runs", "schedule", "schema", "sweep", "train",
-    "tune", "tune_report", "verify",
+    "batch", "convert", "data", "doctor", "doctor_ranks", "dry_run", "evaluate",
+    "evaluate_tasks", "explain", "generate", "init", "ladder", "launch", "launching", "load",
+    "merge", "mix", "plan", "presets", "recipes", "replay", "report", "runs", "schedule",
+    "schema", "sweep", "train", "tune", "tune_report", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         convert,
         data,
         doctor,
+        doctor_ranks,
         dry_run,
         evaluate,
         evaluate_tasks,

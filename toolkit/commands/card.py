@@ -1,6 +1,7 @@
 """What a model's own files tell about it, for its card: nothing is guessed."""
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,10 @@ from toolkit.wording import count
 
 _COMMAND = ("train", "resume")
 _MOST_PATHS = 8
+_HUB_FILE = re.compile(
+    r"(?:hf://datasets/|https://huggingface\.co/datasets/)([\w.-]+/[\w.-]+?)(?:@[^/]+)?/"
+)
+"""Begins the path of a file of a data set on the hub."""
 
 
 class _Line(msgspec.Struct):
@@ -241,11 +246,17 @@ def data_words(dataset: DatasetConfig) -> str:
 
 
 def hub_data_sets(dataset: DatasetConfig) -> list[str]:
+    """Names on the hub of what the sources name, once each: data sets, and files of them."""
     sources = [source_of(dataset)]
     if dataset.mix is not None:
         sources = [part.source for part in _leaves(dataset.mix.sources)]
-    names = [source.name for source in sources if isinstance(source, HubSourceConfig)]
-    return list(dict.fromkeys(name for name in names if not Path(name).exists()))
+    names: list[str] = []
+    for source in sources:
+        if isinstance(source, HubSourceConfig) and not Path(source.name).exists():
+            names.append(source.name)
+        elif isinstance(source, FilesSourceConfig | TokenFilesSourceConfig):
+            names += [found[1] for path in source.paths if (found := _HUB_FILE.match(path))]
+    return list(dict.fromkeys(names))
 
 
 def source_of(dataset: DatasetConfig) -> SourceConfig | None:

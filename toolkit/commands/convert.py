@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from toolkit.commands.card import card_of
@@ -21,6 +22,7 @@ from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
 from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.hf.model_card import render_card
+from toolkit.hf.push import check_push, push_folder
 from toolkit.hf.source import ModelSource, averaged, find_source, is_tokenizer
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig
@@ -135,13 +137,19 @@ def export_model(
     tokenizer: str | None = None,
     weights: str | None = None,
     check: bool | None = None,
+    license: str | None = None,
+    push_to: str | None = None,
 ) -> tuple[ModelSource, Exported]:
     """Export the model `where` into the folder `out`, with a card, and a bar on a terminal.
 
     `dtype` auto is that of `chosen_types`. The result is loaded and compared where `check` says so,
-    or is None and there is memory for it.
+    or is None and there is memory for it. `license` is what the card names instead of the base
+    model's; `push_to` is where on the hub the folder is to go (see `push`), which is checked before
+    anything is written.
     """
     folder = local_path(out, "OUT")
+    if push_to is not None:
+        check_push(push_to)
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     check_unused(folder)
     path = str(folder_of(where))
@@ -166,6 +174,8 @@ def export_model(
         merged=merged,
         only_newer=family.only_newer(source.config.to_transformer()),
     )
+    if license is not None:
+        card = msgspec.structs.replace(card, license=license, license_name=None, license_link=None)
     with byte_progress("exporting", 4 * source.config.num_parameters) as advance:
         exported = export_source(
             source,
@@ -178,6 +188,15 @@ def export_model(
             on_tensor=lambda tensor: advance(4 * tensor.numel()),
         )
     return source, exported
+
+
+def push(source: ModelSource, exported: Exported, repo: str, *, private: bool = False) -> str:
+    """Upload what `export_model` wrote to the repository `repo` of the hub; returns its address.
+    Raises CheckpointError, as `push_folder` does."""
+    step = f", step {source.metadata.step}" if source.metadata is not None else ""
+    what = "adapter" if exported.is_adapter else "model"
+    message = f"Upload {what} ({exported.architecture}{step})"
+    return push_folder(exported.folder, repo, private=private, message=message)
 
 
 def parse_size(text: str, option: str) -> int:

@@ -140,7 +140,7 @@ def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
     or nobody wants them."""
     if wants_cpu(environ) or environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    found = _driver()
+    found = nvidia_driver()
     if found is None:
         return None
     gpus, driver, cuda = found
@@ -158,7 +158,7 @@ def unused_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
     return f"{what}: torch {torch.__version__} cannot use CUDA: {_cuda_error()}"
 
 
-def _driver() -> tuple[str, str, tuple[int, int]] | None:
+def nvidia_driver() -> tuple[str, str, tuple[int, int]] | None:
     """GPUs, driver and the newest CUDA it knows, as NVML says; None where it sees none."""
     try:
         import pynvml

@@ -8,6 +8,7 @@
 Waiting happens in Python, not inside torch: it says what it waits for, and a signal ends it.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -40,6 +41,9 @@ _ARRIVED = "toolkit/arrived"
 
 _closed_backends: list[Any] = []
 """Of process groups that were closed, until others are opened; see `close_process_groups`."""
+# While Python still runs: a thread that wants its lock later, to drop the tensor of the last
+# collective, is ended inside C++, which aborts the process.
+atexit.register(_closed_backends.clear)
 
 
 def open_process_groups(
