@@ -307,6 +307,8 @@ def initial_values(group: Any) -> list[str]:
     """Names of parameters that are not the whole model's."""
     wrong = []
     for name, changes in ARCHITECTURES.items():
+        if name == "ngpt":  # its engine makes unit vectors of what is drawn
+            continue
         config = config_of(**changes)
         whole, model = config.build(seed=3), config.build(init_device="meta")
         shards, inits = whole_specs(model), init_spec(model)
