@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import Box, ShardSpec, local_boxes, local_tensor
@@ -15,7 +14,7 @@ from toolkit.models.normalized import lengthen_, squared_lengths, unit_dimension
 
 
 class _Part(NamedTuple):
-    parameter: nn.Parameter
+    parameter: Any
     box: Box
     dim: int
     copies: int

@@ -244,7 +244,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape; see `LayerInputs` and `attend`."""
         batch, seq, _ = x.shape
-        layers = [self.query, self.key, self.value]
+        layers: list[nn.Module] = [self.query, self.key, self.value]
         if self.gate is not None:
             layers.append(self.gate)
         query, key, value, *gates = projected(x, *layers)

@@ -16,7 +16,7 @@ from toolkit.hf.families.parts import (
     without_effect,
 )
 from toolkit.hf.families.rope import ROPE, read_rope, write_rope
-from toolkit.hf.family import Family, Part, Settings
+from toolkit.hf.family import Family, Modules, Part, Settings
 from toolkit.models.config import TransformerConfig
 
 
@@ -142,7 +142,7 @@ _GLM = (
     HEAD_DIM,
     renamed(qkv_bias="attention_bias"),
 )
-_GLM_PROJECTIONS = {
+_GLM_PROJECTIONS: Modules = {
     **{name: ours for name, ours in PROJECTIONS.items() if name.startswith("self_attn.")},
     "mlp.gate_up_proj": ("feed_forward.gate", "feed_forward.up"),
     "mlp.down_proj": "feed_forward.down",
