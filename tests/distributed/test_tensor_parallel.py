@@ -55,6 +55,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm": "layer_norm", "parallel_residual": True, "rotary_fraction": 0.5, "bias": True,
         "feed_forward": "gelu_exact",
     },
+    "cohere": {
+        "norm": "layer_norm", "parallel_residual": True, "shared_norm": True, "clip_qkv": 0.2,
+    },
     "gates and sinks": {"attention_gate": "headwise", "attention_sinks": True, "qkv_bias": True},
     "ngpt": {"norm_placement": "normalized", "attention_gate": "elementwise"},
     "experts": {"moe": MOE},

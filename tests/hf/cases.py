@@ -113,6 +113,33 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.5, **WINDOW}),
     "phi3_tied": ("phi3", {"tie_word_embeddings": True, **rope(500.0)}),
+    "olmo": ("olmo", {"clip_qkv": 0.7, "hidden_size": 72}),
+    "olmo_biases_tied": ("olmo", {"attention_bias": True, "tie_word_embeddings": True}),
+    "cohere": ("cohere", {"hidden_size": 72, "logit_scale": 0.2, **rope(1000.0)}),
+    "cohere_biases_untied": (
+        "cohere",
+        {
+            "hidden_size": 72,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            **rope(1000.0, **LINEAR),
+        },
+    ),
+    "cohere2": (
+        "cohere2",
+        {"hidden_size": 72, "num_hidden_layers": 5, "layer_norm_eps": 1e-6, **WINDOW},
+    ),
+    "stablelm": ("stablelm", {"hidden_size": 144, "use_qkv_bias": True}),
+    "stablelm_parallel": (
+        "stablelm",
+        {
+            "hidden_size": 72,
+            "use_parallel_residual": True,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            **rope(1000.0, partial_rotary_factor=0.5),
+        },
+    ),
     "smollm3": ("smollm3", {"num_hidden_layers": 5, **rope(500.0)}),
     "smollm3_windows_biases_untied": (
         "smollm3",
@@ -225,6 +252,7 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 4,
             "num_experts_per_tok": 4,
             "norm_topk_prob": True,
+            "clip_qkv": 0.8,
             "attention_bias": True,
             **rope(1000.0, **YARN),
         },

@@ -51,6 +51,8 @@ YARN = YarnRopeConfig(factor=4, original_max_position_embeddings=16)
         (PLAIN.replace(attention_scale=0.3, embedding_scale=4.0), "granite"),
         (PLAIN.replace(rotary_fraction=0.5, qkv_bias=True, head_dim=16), "glm"),
         (PLAIN.replace(rotary_fraction=0.5, norm_placement="sandwich", head_dim=16), "glm4"),
+        (PLAIN.replace(norm="layer_norm", norm_weights=False, clip_qkv=8.0), "olmo"),
+        (PLAIN.replace(norm="layer_norm", parallel_residual=True, shared_norm=True), "cohere"),
         (PLAIN.replace(attention_gate="headwise"), None),
         (PLAIN.replace(attention_sinks=True), None),
         (PLAIN.replace(norm_placement="normalized"), None),

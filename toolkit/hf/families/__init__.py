@@ -1,7 +1,7 @@
 """The architectures of `transformers` that we read and write. A new one: a file here and its name
 in `FAMILIES`."""
 
-from toolkit.hf.families import gpt, llama, llama_kin
+from toolkit.hf.families import gpt, layer_normed, llama, llama_kin
 from toolkit.hf.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,6 +20,10 @@ FAMILIES: tuple[Family, ...] = (
     llama_kin.EXAONE4,
     llama_kin.GLM,
     llama_kin.GLM4,
+    layer_normed.OLMO,
+    layer_normed.STABLELM,
+    layer_normed.COHERE,
+    layer_normed.COHERE2,
     gpt.GPT2,
     gpt.GPT_NEOX,
     gpt.STARCODER2,

@@ -194,7 +194,7 @@ OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
     parts=(
-        required("clip_qkv", None),
+        renamed(clip_qkv="clip_qkv"),
         WHOLE_HEADS,
         *SHARED,
         ROPE,

@@ -100,12 +100,16 @@ SEED_OSS = Family(
 )
 
 
+def no_rope_in_full_layers(settings: Settings) -> dict[str, Any]:
+    """`rope_pattern` of a class that rotates in sliding layers alone."""
+    kinds = ["rope" if "sliding" in kind else "none" for kind in settings.take("layer_types")]
+    return {"rope_pattern": shortest_pattern(kinds)}
+
+
 def _read_exaone4(settings: Settings) -> dict[str, Any]:
     windows = LAYER_TYPES.read(settings)
-    if settings.take("sliding_window") is None:
-        return windows
-    kinds = ["rope" if "sliding" in kind else "none" for kind in settings.take("layer_types")]
-    return {**windows, "rope_pattern": shortest_pattern(kinds)}
+    has_windows = settings.take("sliding_window") is not None
+    return {**windows, **(no_rope_in_full_layers(settings) if has_windows else {})}
 
 
 EXAONE4 = Family(
@@ -129,16 +133,16 @@ EXAONE4 = Family(
 )
 
 
-def _write_partial_rope(config: TransformerConfig) -> dict[str, Any]:
+def write_partial_rope(config: TransformerConfig) -> dict[str, Any]:
+    """For classes that would else rotate a part of their own choice."""
     rope = write_rope(config)
-    # Without it the class would rotate half of each head.
     rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
     return {**rope, "partial_rotary_factor": config.rotary_fraction}
 
 
 _GLM = (
     *SHARED,
-    Part(lambda settings: read_rope(settings, is_partial=True), _write_partial_rope),
+    Part(lambda settings: read_rope(settings, is_partial=True), write_partial_rope),
     HEAD_DIM,
     renamed(qkv_bias="attention_bias"),
 )
