@@ -47,6 +47,9 @@ def test_it_asks_for_what_is_not_given(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert cli.run(["init", "b.json", "--time=1h", "--size=2M", "--device=cpu"]) == 2
     assert "give --data, --tokenizer as options" in capsys.readouterr().err
+    for file, problem in (("my.json", "exists; give"), ("my.toml", "TOML is not read")):
+        assert cli.run(["init", file]) == 2  # before anything is asked
+        assert problem in capsys.readouterr().err
 
 
 def test_steps_follow_time_and_rates_follow_size() -> None:
@@ -62,6 +65,7 @@ def test_steps_follow_time_and_rates_follow_size() -> None:
     ("changed", "message"),
     [
         ({"data": "nowhere"}, "--data nowhere: no such file or folder"),
+        ({"data": "${HOME}"}, "--data ${HOME}: a config takes ${NAME} for a variable"),
         ({"tokenizer": "gpt3"}, "--tokenizer gpt3: give one of byte, bpe, gpt2, dolma2"),
         ({"size": "llama3_8"}, "did you mean 'llama3_8B'"),
         ({"size": "llama3_70B"}, "--size llama3_70B: needs "),

@@ -53,16 +53,17 @@ def init(
       toolkit init first.yaml
       toolkit init my.json --data texts/ --tokenizer bpe --size 10M --time 2h
     """
+    path = commands.init.first_file(file)
     given = {"data": data, "tokenizer": tokenizer, "size": size, "time": time}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     answers = commands.init.Answers(
         **{name: value or _ask(name, missing) for name, value in given.items()}
     )
     first = commands.init.first_config(answers, device)
-    path = commands.init.write_first(first, file)
-    size, batch = first.config.model.shown_parameters, first.config.data_loader.global_batch_size
+    commands.init.write_first(first, path)
+    number, batch = first.config.model.shown_parameters, first.config.data_loader.global_batch_size
     typer.echo(
-        f"{path}: {size} parameters, {first.steps:,} steps of {batch:,} tokens, about "
+        f"{path}: {number} parameters, {first.steps:,} steps of {batch:,} tokens, about "
         f"{first.seconds / 60:,.0f} min on {first.device} (`toolkit tune {path}` measures)"
     )
     typer.echo(f"next: `toolkit train {path} --dry-run`, then `toolkit train {path}`")
