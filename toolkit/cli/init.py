@@ -59,14 +59,14 @@ def init(
       toolkit init first.yaml
       toolkit init my.json --data texts/ --tokenizer bpe --size 10M --time 2h
     """
-    path = commands.init.check_file(file)
+    path = commands.init.first_file(file)
     given = {"data": data, "tokenizer": tokenizer, "size": size, "time": time}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     answers = commands.init.Answers(
         **{name: value or _ask(name, missing) for name, value in given.items()}
     )
     first = commands.init.first_config(answers, device)
-    commands.init.write_first(first, file)
+    commands.init.write_first(first, path)
     _tell(path, first)
 
 

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from toolkit.commands.ladder.rungs import BATCH_EXPONENT, RATE_EXPONENT, parse_number
 from toolkit.commands.ladder.sizes import multiplied_weights, scaled_model
 from toolkit.commands.plan.devices import CPU, DEVICES, GIB, find_device
@@ -18,7 +16,7 @@ from toolkit.commands.plan.plans import Target, job_of, plan_of
 from toolkit.config import convert
 from toolkit.config.base import in_seconds
 from toolkit.config.defaults import differing
-from toolkit.config.files import YAML_SUFFIXES
+from toolkit.config.files import YAML_SUFFIXES, check_new, write_new
 from toolkit.config.paths import local_path
 from toolkit.config.types import nearest
 from toolkit.config.yaml_text import dump_yaml
@@ -33,10 +31,10 @@ from toolkit.experiment.sources import own_name
 from toolkit.launch.capacity import capacity_here
 from toolkit.models.config import TransformerConfig
 from toolkit.models.presets import PRESETS
+from toolkit.storage.atomic import encode_json
 from toolkit.wording import count
 
 STDLIB = "python_stdlib"
-SUFFIXES = {".json", *YAML_SUFFIXES}
 _VOCABULARIES = {"byte": 257, "bpe": 4_096, "gpt2": 50_257, "dolma2": 100_278}
 """Tokenizer -> ids; of `bpe`, which is trained on the data, as many as quickstart has."""
 _BYTES_A_TOKEN = {"byte": 1.0, "bpe": 3.4, "gpt2": 4.2, "dolma2": 4.4}
@@ -86,17 +84,6 @@ class First(NamedTuple):
     @property
     def is_repetitive(self) -> bool:
         return (self.epochs or 0) > _MANY_EPOCHS
-
-
-def check_file(file: str) -> Path:
-    """`file` as the path of a config that can be written. Raises ConfigError: it exists, or has the
-    ending of no config."""
-    path = local_path(file, "FILE")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{file}: a config ends in {', '.join(sorted(SUFFIXES))}")
-    if path.exists():
-        raise ConfigError(f"{path}: exists; give another file name")
-    return path
 
 
 def check_answer(name: str, answer: str) -> None:
@@ -180,24 +167,18 @@ def first_config(answers: Answers, device: str | None = None) -> First:
     return First(data, config, steps, steps * plan.time.total, name, tokens)
 
 
-def write_first(first: First, file: str) -> Path:
-    """Write it to `file`, as YAML where that is its ending. Raises ConfigError: it exists, or
-    cannot be written."""
-    path = check_file(file)
-    is_yaml = path.suffix.lower() in YAML_SUFFIXES
-    text = (
-        dump_yaml(first.data)
-        if is_yaml
-        else msgspec.json.format(msgspec.json.encode(first.data), indent=2).decode() + "\n"
-    )
-    try:
-        with path.open("x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{path}: exists; give another file name") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+def first_file(file: str) -> Path:
+    """Where a first config goes. Raises ConfigError: nothing can be written there."""
+    path = local_path(file, "FILE")
+    check_new(path)
     return path
+
+
+def write_first(first: First, path: Path) -> None:
+    """Write it to `path`, as YAML where that is its ending. Raises ConfigError: it exists, or
+    cannot be written."""
+    is_yaml = path.suffix.lower() in YAML_SUFFIXES
+    write_new(path, dump_yaml(first.data) if is_yaml else encode_json(first.data).decode())
 
 
 def device_here() -> str:
@@ -232,6 +213,8 @@ def _source(data: str) -> dict[str, Any]:
     if data == STDLIB:
         return {"type": STDLIB}
     paths = [path.strip() for path in data.split(",") if path.strip()]
+    if "${" in data:
+        raise ConfigError(f"--data {data}: a config takes ${{NAME}} for a variable; rename it")
     missing = [p for p in paths if why_missing(p) is not None]
     if paths and not missing:
         try:
