@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from toolkit.models.architecture import AttentionKind
 from toolkit.models.attention import Attention
 from toolkit.models.config import GPTConfig, TransformerConfig
+from toolkit.models.delta_net import GatedDeltaNet, RowDocuments
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
@@ -34,9 +36,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         moe = config.moe if layer in config.moe_layers else None
-        self.placement = config.norm_placement
+        self.placement = config.norm_placement_of(layer)
         self.is_parallel = config.parallel_residual
-        self.attention = Attention(config)
+        is_linear = config.kind_of(layer) == "linear"
+        self.attention: nn.Module = GatedDeltaNet(config) if is_linear else Attention(config)
         self.attention_norm = build_norm(config, config.d_model)
         self.has_experts = moe is not None
         self.feed_forward: nn.Module
@@ -54,7 +57,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: RotaryTable | None,
-        mask: AttentionMask | None = None,
+        mask: Any = None,
         is_target: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
@@ -252,7 +255,8 @@ class LayerInputs(NamedTuple):
     rotary: RotaryTable | None
     """None for learned positions."""
     mask: Any
-    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does."""
+    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does. Of
+    linear attention: `RowDocuments`, or None where each row is one."""
 
 
 MaskMaker = Callable[[TransformerConfig, Tensor, Tensor | None, int], Callable[[int | None], Any]]
@@ -309,11 +313,16 @@ def layer_inputs(
         return table if positions is None else table.at(positions)
 
     mask = masks(config, x, starts, seq)
-    windows = map(config.window_of, range(config.num_layers) if layers is None else layers)
-    return [
-        LayerInputs(
-            rotary(window is not None and config.sliding_rope_theta is not None),
-            mask(window),
-        )
-        for window in windows
-    ]
+
+    @cache
+    def inputs(kind: AttentionKind) -> LayerInputs:
+        if kind == "linear":
+            return LayerInputs(
+                None, None if starts is None else RowDocuments(starts, dtype=x.dtype)
+            )
+        window = config.sliding_window if kind == "sliding" else None
+        is_local = window is not None and config.sliding_rope_theta is not None
+        return LayerInputs(rotary(is_local), mask(window))
+
+    chosen = range(config.num_layers) if layers is None else layers
+    return [inputs(config.kind_of(layer)) for layer in chosen]
