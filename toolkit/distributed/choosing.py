@@ -73,7 +73,7 @@ def question_of(
     asked = (asked_threads(environ) or trainer.num_threads) if device == "cpu" else None
     if device == "cpu" and asked is None:
         asks.add("threads")
-    if device == "cuda" and model.attention_soft_cap is None and layout.cp == 1:
+    if device == "cuda" and model.is_plain_softmax and layout.cp == 1:
         asks.add("attention")
     if module.compile_model == "auto" and may_compile(config, layout):
         asks.add("compile_model")

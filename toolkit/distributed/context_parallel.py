@@ -167,7 +167,7 @@ def _allgather(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
         return attend(query, key, value, mask, **options)
 
     def masks(
-        config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+        config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int, **options: Any
     ) -> Callable[[int | None], AttentionMask]:
         length *= rows.ranks
         if starts is None:
@@ -178,6 +178,7 @@ def _allgather(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
             dtype=x.dtype,
             head_dim=config.attention_head_dim,
             queries=rows.places(length)[rows.rank],
+            **options,
         )
 
         @cache
@@ -215,8 +216,16 @@ def _ulysses(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
     group, ranks = rows.group, rows.ranks
 
     def attend_with_own_heads(
-        query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        *,
+        sinks: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
+        if sinks is not None:
+            sinks = sinks.chunk(ranks)[rows.rank]
         # Fewer keys than ranks are repeated until each rank has whole ones.
         copies = ranks // math.gcd(key.shape[1], ranks)
         if copies > 1:
@@ -226,14 +235,15 @@ def _ulysses(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
         sizes = [x.shape[2] for x in split]
         sent = torch.cat(split, dim=2).transpose(0, 1)
         query, key, value = rows.whole(_exchanged(sent, group), dim=2).split(sizes, dim=1)
-        out = attend(query, key, value, mask, **options)
+        out = attend(query, key, value, mask, sinks=sinks, **options)
         back = out.unflatten(2, (ranks, -1)).movedim(2, 0)
         return _exchanged(back, group).transpose(0, 1).flatten(1, 2)
 
     def masks(
-        config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+        config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int, **options: Any
     ) -> Callable[[int | None], AttentionMask | None]:
-        return row_masks(config, x, starts, length * ranks)  # as without context parallelism
+        # As without context parallelism.
+        return row_masks(config, x, starts, length * ranks, **options)
 
     return attend_with_own_heads, masks
 

@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import compiled_flex_attention
 from toolkit.models.config import TransformerConfig
-from toolkit.models.kernels import attention_backend
+from toolkit.models.kernels import MaskedBackend, attention_backend
 from toolkit.models.masks import block_mask, first_keys, score_bias, take
 from toolkit.models.norms import widened
 from toolkit.models.transformer import MaskMaker
@@ -69,15 +69,21 @@ def ring(rows: SharedRows) -> tuple[Callable[..., Tensor], MaskMaker]:
         *,
         scale: float | None = None,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
-        assert soft_cap is None, "gradients of parts know no soft cap"
+        assert soft_cap is sinks is None, "gradients of parts know neither"
         return _Ring.apply(query, key, value, mask, rows, scale)
 
     def masks(
-        config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+        config: TransformerConfig,
+        x: Tensor,
+        starts: Tensor | None,
+        length: int,
+        backend: MaskedBackend | None = None,
     ) -> Callable[[int | None], RingMask]:
         length *= rows.ranks
-        backend = attention_backend(x.device, x.dtype, config.attention_head_dim)
+        backend = backend or attention_backend(x.device, x.dtype, config.attention_head_dim)
         make = _blocks if backend == "flex" else _stretches
 
         @cache

@@ -34,9 +34,16 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
         advice = f"use {nearest}" if nearest else f"leave {key}_config out"
         found.add(ConfigError(f"{problem}; {advice}", key=f"train_module.{key}_config.degree"))
     style = None if layout.cp_config is None else layout.cp_config.style
-    if style == "ring" and model.attention_soft_cap is not None:
-        problem = "ring does not know model.attention_soft_cap; use allgather or ulysses"
+    if style == "ring" and not model.is_plain_softmax:
+        part = "attention_sinks" if model.attention_sinks else "attention_soft_cap"
+        problem = f"ring does not know model.{part}; use allgather or ulysses"
         found.add(ConfigError(problem, key="train_module.cp_config.style"))
+    if model.is_normalized and layout.zero_stage:
+        problem = (
+            f"{layout.name} steps flat parts of weights, and normalized makes whole rows and "
+            "columns unit vectors after each step; use ddp, fsdp or hsdp"
+        )
+        found.add(ConfigError(problem, key="model.norm_placement"))
     if layout.ep > 1 and model.moe is None:
         problem = "the model has no experts (model.moe is null); leave ep_config out"
         found.add(ConfigError(problem, key="train_module.ep_config"))

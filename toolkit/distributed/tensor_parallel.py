@@ -14,7 +14,7 @@ What happens to a row on `tp` ranks, each of which is given the whole row:
 
 What a rank holds of each parameter, with the gradient that backward leaves there:
 
-    query, key, value, gate, up       its output channels; whole
+    query, key, value, gate, up       its output channels; whole (sinks and scales as well)
     attention.output, down            its input channels; whole
     key and value of a shared head    the head; a summand (fewer key/value heads than ranks)
     embeddings.tokens, head           its rows of the vocabulary; whole
@@ -48,6 +48,7 @@ from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard
 from toolkit.models.masks import document_positions, document_starts
+from toolkit.models.normalized import NormalizedFeedForward
 from toolkit.models.norms import LayerNorm
 from toolkit.models.router import RouterSums
 from toolkit.models.transformer import Transformer, check_rows
@@ -187,6 +188,11 @@ def _share_attention(attention: Attention, cut: _Cut) -> None:
     cut.output_channels(attention.key, heads=config.kv_heads)
     cut.output_channels(attention.value, heads=config.kv_heads)
     cut.input_channels(attention.output)
+    if attention.gate is not None:
+        cut.output_channels(attention.gate)
+    cut.cut(attention, "sinks", 0)
+    cut.cut(attention, "query_scale", 0)
+    cut.cut(attention, "key_scale", 0, heads=config.kv_heads)
     if not attention.norm_per_head:
         for norm, heads in (
             (attention.query_norm, config.num_heads),
@@ -209,6 +215,9 @@ def _share_norm(norm: Any, heads: int, cut: _Cut) -> None:
 def _share_feed_forward(feed_forward: Any, cut: _Cut) -> None:
     if feed_forward.gate is not None:
         cut.output_channels(feed_forward.gate)
+    if isinstance(feed_forward, NormalizedFeedForward):
+        cut.cut(feed_forward, "gate_scale", 0)
+        cut.cut(feed_forward, "up_scale", 0)
     cut.output_channels(feed_forward.up)
     cut.input_channels(feed_forward.down)
 
@@ -295,6 +304,7 @@ def _share_head(head: Head, cut: _Cut) -> None:
     group, size, normed = cut.group, cut.size, head.norm.forward
     if head.weight is not None:
         cut.cut(head, "weight", 0)
+    cut.cut(head, "scale", 0)
 
     def gather(x: Tensor) -> Tensor:
         return gathered(x[None], group, 0)

@@ -31,6 +31,7 @@ from toolkit.distributed.engine import (
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.fully_sharded import free_after_backward
 from toolkit.distributed.shards import ShardSpec, local_boxes, local_tensor, stored_tensor
+from toolkit.distributed.unit_weights import UnitWeights
 from toolkit.distributed.whole_matrices import Held
 from toolkit.models.kernels import fused_steps_are_told
 from toolkit.optim.base import traits_of
@@ -46,6 +47,11 @@ class TorchEngine(Engine):
     ) -> None:
         super().__init__(environment, module, shards)
         layout = environment.layout
+        config: Any = getattr(module, "config", None)
+        self._unit_weights: UnitWeights | None = None
+        if getattr(config, "is_normalized", False):
+            self._unit_weights = UnitWeights(self._named, shards, environment)
+            self._unit_weights.restore()
         self._is_sharded = any(isinstance(p, DTensor) for p in self._named.values())
         self._local = {
             name: nn.Parameter(local_tensor(p).detach(), requires_grad=p.requires_grad)
@@ -160,6 +166,8 @@ class TorchEngine(Engine):
             optimizer.step()
         for name, parameter in self._trainable.items():
             parameter.grad = self._local[name].grad = None
+        if self._unit_weights is not None:
+            self._unit_weights.restore()
         self.weights_changed()
         return StepOutcome(norm, skipped)
 
@@ -191,6 +199,8 @@ class TorchEngine(Engine):
 
     def state_filled(self) -> None:
         self._bind_local_weights()
+        if self._unit_weights is not None:
+            self._unit_weights.restore()
         super().state_filled()
         for module in self.module.modules():
             # The root keeps what it has gathered, from a forward to the next backward.

@@ -26,11 +26,18 @@ ALIASES: dict[str, str] = {
         for name in ("lm_evaluator", "downstream_evaluator")
         for theirs, ours in (("eval_interval", "interval"), ("eval_on_startup", "at_start"))
     },
+    "model.block.name": "model.norm_placement",
     "init_seed": "seed",
 }
 """Dotted path -> ours."""
 
 _TYPES = {
+    "model.norm_placement": {
+        "default": "pre",
+        "reordered_norm": "reordered",
+        "peri_norm": "sandwich",
+    },
+    "train_module.attention_backend": {"torch": "sdpa", "flash_2": "flash", "flash_3": "flash3"},
     "train_module.scheduler.type": {
         "cos_with_warmup": "cosine",
         "linear_with_warmup": "linear",

@@ -11,7 +11,7 @@ from toolkit.errors import ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.models.config import ModuleConfig
 from toolkit.models.kernels import hardware_of
-from toolkit.models.sdpa import attention_order
+from toolkit.models.sdpa import attention_order, masked_backend
 from toolkit.train.callbacks.config_monitors import check_profiler_device
 
 
@@ -23,12 +23,15 @@ def check_device(config: ExperimentConfig, layout: Layout) -> None:
     if (float8 := config.train_module.float8_config) is not None:
         found.ask(check_float8_on, float8, device=device, precision=precision)
     if not isinstance(config.model, ModuleConfig):
+        asked, model = config.train_module.attention_backend, config.model.to_transformer()
+        dtype = compute_dtype(precision) or torch.float32
+        found.ask(masked_backend, asked, model, device, dtype)
         found.ask(
             attention_order,
-            config.train_module.attention_backend,
+            asked,
             hardware_of(device.type),
-            dtype=compute_dtype(precision) or torch.float32,
-            head_dim=config.model.to_transformer().attention_head_dim,
+            dtype=dtype,
+            head_dim=model.attention_head_dim,
             cudnn=torch.backends.cudnn.version() if device.type == "cuda" else None,
             is_deterministic=config.trainer.deterministic,
         )

@@ -60,11 +60,13 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
     fields = {n: getattr(config, n) for n in config.__struct_fields__ if n not in _NO_MATTER}
     bases = fields.pop("rope_theta"), fields.pop("sliding_rope_theta")
     scaling = fields.pop("rope_scaling")
-    del fields["sliding_window"], fields["attention_pattern"]
+    del fields["sliding_window"], fields["attention_pattern"], fields["rope_pattern"]
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
+    rotates = tuple(config.has_rope(layer) for layer in range(config.num_layers))
     frequencies = tuple(
         (bases[0], scaling) if window is None or bases[1] is None else (bases[1], None)
-        for window in windows
+        for window, is_rotated in zip(windows, rotates, strict=True)
+        if is_rotated
     )
     has_rope = config.positions == "rope"
     has_dense = len(config.moe_layers) < config.num_layers
@@ -76,6 +78,7 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         "head_dim": config.attention_head_dim,
         "intermediate_size": config.intermediate_size if has_dense else None,
         "rotary_fraction": config.rotary_dim if has_rope else None,
+        "rope_pattern": rotates if has_rope else (),
         "rope_theta, rope_scaling or sliding_rope_theta": frequencies if has_rope else (),
         "sliding_window or attention_pattern": windows,
         "attention_scale": config.attention_scale or config.attention_head_dim**-0.5,

@@ -6,7 +6,11 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 
 AttentionKind = Literal["full", "sliding", "linear"]
-AttentionBackend = Literal["auto", "flash", "flash3", "cudnn", "efficient", "math"]
+AttentionGate = Literal["none", "headwise", "elementwise"]
+AttentionBackend = Literal[
+    "auto", "sdpa", "flex", "flash", "flash3", "cudnn", "efficient", "math"
+]  # fmt: skip
+"""See `train_module.attention_backend`."""
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that record CUDA graphs."""
@@ -203,16 +207,22 @@ class Architecture(Config, frozen=True, kw_only=True):
     """Added to the variance."""
     norm_weight_offset: float = 0.0
     """RMS norms multiply by this + weight, in fp32; 1 in Gemma, whose weights start at zero."""
-    norm_placement: Literal["pre", "reordered", "sandwich"] = "pre"
+    norm_placement: Literal["pre", "reordered", "sandwich", "normalized"] = "pre"
     """`pre`: before attention and feed-forward; `reordered`: on their outputs (OLMo 2); `sandwich`:
-    both (Gemma 2)."""
+    both (Gemma 2; Peri-LN, Kim et al. 2025). `normalized`: nGPT (Loshchilov et al. 2024), which has
+    unit vectors and unit rows of weights in the place of norms."""
+    residual_scale: float = 1.0
+    """Multiplies what attention and feed-forward add to the residual stream (Granite)."""
     parallel_residual: bool = False
     """Attention and feed-forward read the same residual stream and add to it together (GPT-J,
     GPT-NeoX), instead of one after the other. With `norm_placement: pre`."""
     qk_norm: Literal["none", "full", "per_head"] = "none"
     """Normalise queries and keys: over all heads at once (OLMo 2) or each head (Qwen 3)."""
-    positions: Literal["rope", "learned", "none"] = "rope"
-    """Rotary (Su et al. 2021) or learned absolute positions, or none at all (OLMo-hybrid)."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary (Su et al. 2021) or learned absolute positions."""
+    rope_pattern: tuple[Literal["rope", "none"], ...] = ("rope",)
+    """Which layers rotate queries and keys, layer by layer, repeated to the last. `none`: without
+    positions. SmolLM3 and Llama 4 have `["rope", "rope", "rope", "none"]`."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig | None = None
@@ -229,12 +239,20 @@ class Architecture(Config, frozen=True, kw_only=True):
     `sliding_window`; `linear` is described by `delta_net`."""
     delta_net: DeltaNetConfig | None = None
     """Layers of kind `linear`; null: there are none."""
+    attention_gate: AttentionGate = "none"
+    """Multiply what attention reads by the sigmoid of a projection of its input, before its output
+    projection: by one number per head or one per channel (Qiu et al. 2025; Qwen 3 Next)."""
+    attention_sinks: bool = False
+    """A learned score per head that takes part in the softmax and adds no value, so that a query
+    may attend to nothing (gpt-oss)."""
     attention_scale: float | None = None
     """Multiplies query-key products; default: 1 / sqrt(head_dim)."""
     attention_soft_cap: float | None = None
     """Scores become cap * tanh(score / cap) (Gemma 2); null: no cap."""
     logit_soft_cap: float | None = None
     """The same for the logits."""
+    logit_scale: float = 1.0
+    """Multiplies the logits, before their soft cap (Granite: 1 / `logits_scaling`)."""
     embedding_scale: float = 1.0
     """Multiplies token embeddings (Gemma: sqrt(d_model)), rounded to the compute type first."""
     feed_forward: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
@@ -292,6 +310,22 @@ class Architecture(Config, frozen=True, kw_only=True):
         return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
 
     @property
+    def gate_width(self) -> int:
+        """Gates of one token: those of `attention_gate`."""
+        per_head = {"none": 0, "headwise": 1, "elementwise": self.attention_head_dim}
+        return self.num_heads * per_head[self.attention_gate]
+
+    @property
+    def is_plain_softmax(self) -> bool:
+        """Whether SDPA knows all that attention does with scores: no soft cap, no sinks."""
+        return self.attention_soft_cap is None and not self.attention_sinks
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether it is an nGPT."""
+        return self.norm_placement == "normalized"
+
+    @property
     def is_gated(self) -> bool:
         """Whether one input projection of the feed-forward gates the other."""
         return self.feed_forward in ("swiglu", "geglu")
@@ -310,6 +344,11 @@ class Architecture(Config, frozen=True, kw_only=True):
 
     def kind_of(self, layer: int) -> AttentionKind:
         return self.attention_pattern[layer % len(self.attention_pattern)]
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether this layer rotates queries and keys."""
+        pattern = self.rope_pattern
+        return self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""

@@ -1,11 +1,11 @@
 """Causal self-attention with grouped key/value heads, by the fastest kernel that computes it.
 
-- No mask, no soft cap: SDPA's causal kernels.
-- A mask on CUDA: flex attention over blocks of keys, which knows soft caps too.
-- A mask elsewhere: SDPA with values added to the scores; or, as SDPA knows no soft caps, the scores
-  written out. With a window or queries of a part of the row (not on CUDA), or a cap, some queries
-  at a time with the keys that these may see: a window of 256 in a row of 2048 costs a third of the
-  whole on a CPU.
+- No mask, no soft cap, no sinks: SDPA's causal kernels.
+- A mask on CUDA: flex attention over blocks of keys, which knows soft caps and sinks too.
+- A mask elsewhere: SDPA with values added to the scores; or, as SDPA knows neither soft caps nor
+  sinks, the scores written out. With a window or queries of a part of the row (not on CUDA), or
+  written out, some queries at a time with the keys that these may see: a window of 256 in a row of
+  2048 costs a third of the whole on a CPU.
 - On a CPU with AVX-512, where it is compiled and has no soft cap: `blockwise_attention`.
 
 `toolkit.models.kernels` says why.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from toolkit.models.blockwise import QueryBlock, blockwise_attention, computes_in_blocks
@@ -25,6 +25,7 @@ from toolkit.models.compile import allow_recompilations
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import sdpa_form
 from toolkit.models.masks import AttentionMask
+from toolkit.models.normalized import scaled_units
 from toolkit.models.norms import build_norm, widened
 from toolkit.models.projections import projected
 from toolkit.models.rope import RotaryTable, rotate
@@ -47,6 +48,8 @@ def attend(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    may_block: bool = True,
 ) -> Tensor:
     """Causal attention, inside documents and windows where there is a mask.
 
@@ -54,15 +57,18 @@ def attend(
         query: `(batch, heads, seq, head_dim)`; the result has this shape. `mask.queries` says which
             places of the row these are.
         key, value: of the whole row, with as many heads or, for grouped queries, fewer.
-        mask: None where each query sees all before it in its row. Needed with a soft cap.
+        mask: None where each query sees all before it in its row. Needed with a soft cap or sinks.
         scale, soft_cap: see `Architecture`.
+        sinks: `(heads,)`, the score of nothing; see `Architecture.attention_sinks`.
+        may_block: whether `blockwise_attention` may take SDPA's place.
     """
     window: int | None = None
     bias: Tensor | None = None
     ranges: Sequence[range] = (range(query.shape[2]),)
     if mask is not None:
         window, bias, ranges = mask.window, mask.bias, mask.queries or ranges
-    if soft_cap is None and (mask is None or mask.blocks is None):
+    is_plain = soft_cap is None and sinks is None
+    if may_block and is_plain and (mask is None or mask.blocks is None):
         blocks = _blocks(ranges, window, SMALLER_PIECE_SIZE)
         if computes_in_blocks(query, blocks):
             return blockwise_attention(query, key, value, bias, blocks, scale)
@@ -71,18 +77,21 @@ def attend(
     if mask.blocks is not None:
         # Inside a compiled block it becomes part of the block's graph.
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(
-            query,
-            key,
-            value,
-            score_mod=None if soft_cap is None else _capped(soft_cap),
-            block_mask=mask.blocks,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        options = {
+            "score_mod": None if soft_cap is None else _capped(soft_cap),
+            "block_mask": mask.blocks,
+            "scale": scale,
+            "enable_gqa": query.shape[1] != key.shape[1],
+        }
+        if sinks is None:
+            return flex(query, key, value, **options)
+        out, aux = flex(query, key, value, **options, return_aux=AuxRequest(lse=True))
+        # The share of the softmax that is not the sink's.
+        share = (aux.lse - widened(sinks)[:, None]).sigmoid()[..., None]
+        return (widened(out) * share).to(out.dtype)
     assert mask.bias is not None
     is_square = mask.window is None and mask.queries is None
-    if soft_cap is None and (is_square or query.device.type == "cuda"):
+    if is_plain and (is_square or query.device.type == "cuda"):
         # The fused kernel of CUDA wants a bias whose rows are aligned: not cut at any key.
         return _sdpa(query, key, value, mask.bias, scale)
     parts = []
@@ -94,7 +103,7 @@ def attend(
             mask.bias[:, :, start:end, first:last],
             scale,
         )
-        parts.append(_sdpa(*seen) if soft_cap is None else _written_out(*seen, soft_cap))
+        parts.append(_sdpa(*seen) if is_plain else _written_out(*seen, soft_cap, sinks))
     return torch.cat(parts, dim=2)
 
 
@@ -141,9 +150,15 @@ def _sdpa(
 
 
 def _written_out(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None, soft_cap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with a soft cap, which SDPA does not know."""
+    """Attention with a soft cap or sinks, which SDPA does not know."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
     rows = query.shape[2]
     # Types are chosen here: products in the compute type, the rest in fp32.
@@ -151,9 +166,17 @@ def _written_out(
         # Queries of one group are rows of one matrix: keys and values are not repeated.
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         products = widened(grouped @ key.transpose(2, 3))
-        capped = (products * (scale / soft_cap)).tanh() * soft_cap
-        seen = capped.unflatten(2, (-1, rows)) + bias[:, :, None]
-        weights = seen.softmax(-1).to(value.dtype).flatten(2, 3)
+        if soft_cap is None:
+            scores = products * scale
+        else:
+            scores = (products * (scale / soft_cap)).tanh() * soft_cap
+        seen = scores.unflatten(2, (-1, rows)) + bias[:, :, None]
+        if sinks is None:
+            weights = seen.softmax(-1)
+        else:
+            sink = widened(sinks).view(1, key.shape[1], -1, 1, 1).expand(*seen.shape[:-1], 1)
+            weights = torch.cat((seen, sink), dim=-1).softmax(-1)[..., :-1]
+        weights = weights.to(value.dtype).flatten(2, 3)
         return (weights @ value).unflatten(2, (-1, rows)).flatten(1, 2)
 
 
@@ -183,6 +206,8 @@ class Attention(nn.Module):
         self.head_dim = config.attention_head_dim
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
+        self.may_block = True
+        """See `attend`."""
         self.norm_per_head = config.qk_norm == "per_head"
         self.attend: Callable[..., Tensor] = attend
         """Attention of whole heads; who splits rows over ranks puts another in its place."""
@@ -193,6 +218,19 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, key_width, bias=bias)
         self.value = nn.Linear(config.d_model, key_width, bias=bias)
         self.output = nn.Linear(query_width, config.d_model, bias=config.has_attention_output_bias)
+        self.gate: nn.Module | None = None
+        if config.gate_width:
+            self.gate = nn.Linear(config.d_model, config.gate_width, bias=bias)
+        self.sinks: nn.Parameter | None = None
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.empty(config.num_heads))
+        self.query_scale: nn.Parameter | None = None
+        self.key_scale: nn.Parameter | None = None
+        if config.is_normalized:
+            self.scale = self.head_dim**0.5
+            self.scale_factor = config.d_model**0.5
+            self.query_scale = nn.Parameter(torch.empty(query_width))
+            self.key_scale = nn.Parameter(torch.empty(key_width))
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
         if config.qk_norm != "none":
@@ -206,15 +244,31 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape; see `LayerInputs` and `attend`."""
         batch, seq, _ = x.shape
-        query, key, value = projected(x, self.query, self.key, self.value)
+        layers = [self.query, self.key, self.value]
+        if self.gate is not None:
+            layers.append(self.gate)
+        query, key, value, *gates = projected(x, *layers)
         query = self._heads(query, self.query_norm)
         key = self._heads(key, self.key_norm)
         value = self._heads(value, None)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+        if self.query_scale is not None and self.key_scale is not None:
+            query = scaled_units(query, self.query_scale, self.scale_factor)
+            key = scaled_units(key, self.key_scale, self.scale_factor)
         heads = (x.transpose(1, 2) for x in (query, key, value))
-        attended = self.attend(*heads, mask, scale=self.scale, soft_cap=self.soft_cap)
-        return self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
+        attended = self.attend(
+            *heads,
+            mask,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            # Rounded first, as the weights of norms are.
+            sinks=None if self.sinks is None else self.sinks.to(x.dtype),
+            may_block=self.may_block,
+        ).transpose(1, 2)
+        for gate in gates:
+            attended = attended * gate.unflatten(-1, (attended.shape[2], -1)).sigmoid()
+        return self.output(attended.reshape(batch, seq, -1))
 
     def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
         """`(batch, seq, heads * head_dim)`, normalised, as `(batch, seq, heads, head_dim)`."""

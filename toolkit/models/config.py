@@ -94,6 +94,7 @@ class TransformerConfig(
             "num_key_value_heads", "head_dim", "intermediate_size", "max_sequence_length",
             "norm_eps", "rope_theta", "sliding_rope_theta", "rotary_fraction", "sliding_window",
             "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
+            "residual_scale", "logit_scale",
             "init_std", "loss_chunk_size",
         )  # fmt: skip
         sizes = {name: getattr(self, name) for name in LARGEST if name != "num_experts"}
@@ -122,6 +123,12 @@ class TransformerConfig(
                 else "delta_net: no layer is linear; name some in attention_pattern, such as "
                 '["linear", "linear", "linear", "full"]'
             )
+        if not self.rope_pattern:
+            raise ValueError("rope_pattern: empty; name at least one kind, rope or none")
+        if "none" in self.rope_pattern and self.positions != "rope":
+            raise ValueError(f"rope_pattern goes with positions rope, not {self.positions}")
+        if self.is_normalized:
+            self._check_normalized()
         if self.norm_weight_offset and self.norm != "rms_norm":
             raise ValueError(f"norm_weight_offset goes with norm rms_norm, not {self.norm}")
         placements = {self.norm_placement, *map(self.norm_placement_of, self.linear_layers)}
@@ -138,6 +145,25 @@ class TransformerConfig(
             raise ValueError(
                 f"{self.num_parameters:.1e} parameters are more than any model has (at most "
                 f"{MOST_PARAMETERS:.0e})"
+            )
+
+    def _check_normalized(self) -> None:
+        """What of other models goes with an nGPT: nothing else is normalised or scaled."""
+        usual = {
+            "norm": "rms_norm", "qk_norm": "none", "positions": "rope", "norm_weight_offset": 0.0,
+            "parallel_residual": False, "residual_scale": 1.0, "embedding_scale": 1.0,
+            "logit_scale": 1.0, "attention_scale": None, "bias": False, "qkv_bias": None,
+            "attention_output_bias": None, "feed_forward_bias": None, "moe": None,
+            "init_scale_residual": False, "delta_net": None,
+        }  # fmt: skip
+        for name, value in usual.items():
+            given = getattr(self, name)
+            if given != value and (given or value):
+                raise ValueError(f"{name} does not go with norm_placement normalized; leave it out")
+        if not self.is_gated:
+            raise ValueError(
+                f"norm_placement normalized goes with feed_forward swiglu or geglu, not "
+                f"{self.feed_forward}"
             )
 
     @classmethod

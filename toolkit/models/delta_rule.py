@@ -149,7 +149,7 @@ def _scan(added: Tensor, erased: Tensor, keys: Tensor, kept: Tensor) -> tuple[Te
     """Of each chunk the state before it, `(chunks, heads, key_head_dim, value_head_dim)`, and its
     corrections, like `added`.
 
-    With S = 0 before the first one: corrections = added - erased S, S = kept S + keys^T corrections.
+    With S = 0 before the first: corrections = added - erased S, S = kept S + keys^T corrections.
 
     Args:
         added: `(chunks, heads, chunk_size, value_head_dim)`.

@@ -57,10 +57,18 @@ class Head(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.soft_cap = config.logit_soft_cap
-        self.norm = build_norm(config, config.d_model)
+        self.logit_scale = config.logit_scale
+        self.norm: nn.Module
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
+        self.scale: nn.Parameter | None = None
+        if config.is_normalized:
+            self.norm = nn.Identity()
+            self.scale = nn.Parameter(torch.empty(config.padded_vocab_size))
+            self.scale_factor = config.d_model**0.5
+        else:
+            self.norm = build_norm(config, config.d_model)
         self.loss = LinearCrossEntropy(config)
         self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
         """Hidden states and weight to logits; who cuts the vocabulary puts another in its place."""
@@ -77,6 +85,10 @@ class Head(nn.Module):
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
         hidden = self.norm(x)
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
+        if self.scale is not None:  # of the logits, which nobody has to write out for it
+            weight = weight * (self.scale.to(weight.dtype) * self.scale_factor)[:, None]
         if labels is not None:
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
             return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)

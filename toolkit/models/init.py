@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
+from toolkit.models.normalized import lengthen_, squared_lengths, unit_dimension
 
 BLOCK_SIZE = 2**20
 """Elements per independently drawn block."""
@@ -35,6 +36,9 @@ _RESIDUAL_OUTPUTS = (
     "feed_forward.experts.down",
     "feed_forward.shared.down.weight",
 )
+_HIDDEN_SCALES = ("feed_forward.gate_scale", "feed_forward.up_scale")
+_SCALES = (".query_scale", ".key_scale", ".alpha", "head.scale")
+"""Of an nGPT; see `toolkit.models.normalized`."""
 
 
 class InitSpec(NamedTuple):
@@ -62,9 +66,9 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, InitSpec]:
     """Canonical parameter name -> initial values, for a `Transformer`, its blocks wrapped or not.
 
-    Norm weights are one less `config.norm_weight_offset`, so that norms multiply by one; biases are
-    zero, the rest normal with `config.init_std`, which muP scales for a model `width_multiplier`
-    times as wide as its base (`width_factor`).
+    Norm weights are one less `config.norm_weight_offset`, so that norms multiply by one; biases and
+    sinks are zero, scales of an nGPT as in its paper, the rest normal with `config.init_std`, which
+    muP scales for a model `width_multiplier` times as wide as its base (`width_factor`).
     """
     config = cast(TransformerConfig, model.config)
     residual_std = config.init_std
@@ -76,7 +80,7 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
     for name, parameter in canonical_parameters(model).items():
         if name.endswith(".lora_A.weight"):
             specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[1]))
-        elif name.endswith((".lora_B.weight", ".bias")):
+        elif name.endswith((".lora_B.weight", ".bias", ".sinks")):
             specs[name] = InitSpec("zeros")
         elif name.endswith("attention.output_norm.weight"):
             specs[name] = InitSpec("ones")
@@ -88,6 +92,10 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
         elif config.delta_net is not None and name.endswith("attention.dt_bias"):
             net = config.delta_net
             specs[name] = InitSpec("time_step", low=net.min_time_step, high=net.max_time_step)
+        elif name.endswith(_HIDDEN_SCALES):
+            specs[name] = InitSpec("ones")
+        elif name.endswith(_SCALES):
+            specs[name] = InitSpec("constant", value=1.0 / math.sqrt(config.d_model))
         else:
             is_output = name.endswith(_RESIDUAL_OUTPUTS)
             std = residual_std if is_output else config.init_std
@@ -134,9 +142,12 @@ def fill_flat_(
 def initialize_(model: nn.Module, seed: int) -> None:
     """Fill all parameters of an unsharded `model` that has storage."""
     specs = init_spec(model)
+    is_normalized = cast(TransformerConfig, model.config).is_normalized
     for name, parameter in canonical_parameters(model).items():
         flat, spec = parameter.view(-1), specs[name]
         fill_flat_(flat, name=name, numel=flat.numel(), start=0, spec=spec, seed=seed)
+        if is_normalized and (dim := unit_dimension(name)) is not None:
+            lengthen_(parameter, squared_lengths(parameter, dim), dim)
 
 
 @functools.lru_cache(maxsize=1)  # a rank that holds columns asks for one block again and again

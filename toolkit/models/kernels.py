@@ -85,6 +85,9 @@ def hardware_of(type: str, index: int | None = None, *, has_triton: bool = False
     return Hardware(type, capability, shared, torch.version.hip is not None, has_triton)
 
 
+MaskedBackend = Literal["flex", "sdpa"]
+
+
 def attention_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Literal["flex", "sdpa"]:
@@ -246,10 +249,11 @@ def kernel_record(
     trains_head_alone: bool = False,
     vocabulary_is_cut: bool = False,
     attention_order: Sequence[str] = (),
+    masked_backend: MaskedBackend | None = None,
 ) -> dict[str, str]:
     """Part of the model -> its kernel, for computation in `dtype`. `config` has the sizes that one
     rank computes with. `trains_head_alone`: the hidden state needs no gradient. `attention_order`:
-    SDPA's kernels, those that are tried first."""
+    SDPA's kernels, those that are tried first. `masked_backend`: the one that was asked for."""
     head_dim, record = config.attention_head_dim, {}
     if device.type == "cuda":
         record["matrix products"] = matrix_products(dtype)
@@ -262,15 +266,17 @@ def kernel_record(
         return "sdpa, keys and values repeated" if form.repeats_heads else "sdpa"
 
     masked = "scores written out"
-    if attention_backend(device, dtype, head_dim) == "flex":
+    if (masked_backend or attention_backend(device, dtype, head_dim)) == "flex":
         masked = "flex"
-    elif config.attention_soft_cap is None:
+    elif config.is_plain_softmax:
         masked = sdpa(has_bias=True)
-    if config.attention_soft_cap is None:
+    if masked_backend == "flex":
+        record["attention"] = "flex"
+    elif config.is_plain_softmax:
         record["attention"] = sdpa(has_bias=False)
         if device.type == "cuda" and attention_order:
             record["attention"] += f" ({', else '.join(attention_order[:2])})"
-        if is_compiled and prefers_blocks(device.type, dtype):
+        if is_compiled and masked_backend is None and prefers_blocks(device.type, dtype):
             record["attention"] = masked = "blocks of queries"
     record["attention inside documents and windows"] = masked
     if config.delta_net is not None:

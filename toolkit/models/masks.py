@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from toolkit.models.kernels import attention_backend
+from toolkit.models.kernels import MaskedBackend, attention_backend
 
 BLOCK_SIZE = 128
 """Queries and keys per block of flex attention, as its kernels are tuned for."""
@@ -74,9 +74,10 @@ class AttentionMask:
         dtype: torch.dtype,
         head_dim: int,
         queries: Ranges | None = None,
+        backend: MaskedBackend | None = None,
     ) -> None:
         """From `document_starts` of the whole row, or zeros, for queries of type `dtype`; `starts`
-        may have one row where all are alike."""
+        may have one row where all are alike. `backend`: what it is for; None: the best one here."""
         self.bias: Tensor | None = None
         self.blocks: BlockMask | None = None
         self.window = window
@@ -86,7 +87,7 @@ class AttentionMask:
         places = every
         if queries is not None:
             places, first = take(every, queries, dim=0), take(first, queries, dim=1)
-        if attention_backend(starts.device, dtype, head_dim) == "flex":
+        if (backend or attention_backend(starts.device, dtype, head_dim)) == "flex":
             self.blocks = block_mask(first) if queries is None else block_mask(first, places, every)
         else:
             self.bias = score_bias(first, dtype, places, every)

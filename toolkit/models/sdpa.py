@@ -1,4 +1,5 @@
-"""Which of SDPA's kernels is tried first on CUDA: a choice of the process, as torch keeps it."""
+"""What computes attention, by name: SDPA or flex attention, and which of SDPA's kernels is tried
+first on CUDA: a choice of the process, as torch keeps it."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,8 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import AttentionBackend
-from toolkit.models.kernels import ALIGNED_HEAD, Hardware, hardware_of
+from toolkit.models.architecture import Architecture, AttentionBackend
+from toolkit.models.kernels import (
+    ALIGNED_HEAD,
+    Hardware,
+    MaskedBackend,
+    attention_backend,
+    hardware_of,
+)
 
 KEY = "train_module.attention_backend"
 FLASH3_MODULE = "flash_attn_interface"
@@ -24,6 +31,7 @@ _BACKENDS: dict[str, Any] = {
     "math": SDPBackend.MATH,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_LEAVE_KERNELS_OPEN = ("auto", "sdpa", "flex")
 _TORCHS = ("flash", "efficient", "math", "cudnn")
 """torch's own order (2.13)."""
 
@@ -42,7 +50,7 @@ def takes_measured(
     is_new = hardware.capability is not None and hardware.capability[0] in (9, 10)
     is_new &= not hardware.is_rocm and cudnn is not None and cudnn >= _CUDNN
     fits = _is_aligned_half(dtype, head_dim) and head_dim <= 128
-    return asked == "auto" and is_new and fits and not is_deterministic
+    return asked in _LEAVE_KERNELS_OPEN and is_new and fits and not is_deterministic
 
 
 def _is_aligned_half(dtype: torch.dtype, head_dim: int) -> bool:
@@ -66,7 +74,7 @@ def attention_order(
     deterministic runs, which its backward is not. `cudnn` is its version, None where there is none.
     Raises ConfigError: the kernel that is asked for computes no such heads here.
     """
-    if asked == "auto":
+    if asked in _LEAVE_KERNELS_OPEN:
         is_open = takes_measured(
             asked,
             hardware,
@@ -93,6 +101,27 @@ def attention_order(
     if problem is not None:
         raise ConfigError(f"{problem}; use auto", key=KEY)
     return ("flash3", *_TORCHS) if asked == "flash3" else _first(asked)
+
+
+def masked_backend(
+    asked: AttentionBackend, model: Architecture, device: torch.device, dtype: torch.dtype
+) -> MaskedBackend | None:
+    """What computes attention with masks, soft caps or sinks, where `asked` names it, else None;
+    flex attention computes all other attention too. Raises ConfigError: it cannot compute that of
+    `model` on `device`."""
+    part = "attention_sinks" if model.attention_sinks else "attention_soft_cap"
+    if asked not in ("auto", "flex") and not model.is_plain_softmax:
+        raise ConfigError(f"{asked} does not know model.{part}; use auto", key=KEY)
+    if asked != "flex":
+        return "sdpa" if asked == "sdpa" else None
+    if attention_backend(device, dtype, head_dim := model.attention_head_dim) != "flex":
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"flex attention trains on CUDA GPUs of sm_80 or newer, with Triton and shared memory "
+            f"for its tiles; not on this {device.type}, {name}, heads of {head_dim}; use auto",
+            key=KEY,
+        )
+    return "flex"
 
 
 def _first(name: str) -> tuple[str, ...]:

@@ -136,6 +136,8 @@ def _embeddings(model: Architecture) -> Iterator[Named]:
 def _head(model: Architecture) -> Iterator[Named]:
     if not model.tie_embeddings:
         yield "head.weight", (model.padded_vocab_size, model.d_model)
+    if model.is_normalized:
+        yield "head.scale", (model.padded_vocab_size,)
     yield from _norm(model, "head.norm", model.d_model)
 
 
@@ -166,6 +168,9 @@ def _block(model: Architecture, kind: _Kind) -> Iterator[Named]:
         bias = model.has_feed_forward_bias
         yield from _feed_forward(model, "feed_forward", model.intermediate_size, bias=bias)
     yield from _norm(model, "feed_forward_norm", width)
+    if model.is_normalized:
+        yield "attention_step.alpha", (width,)
+        yield "feed_forward_step.alpha", (width,)
     if kind.placement == "sandwich":
         yield from _norm(model, "attention_output_norm", width)
         yield from _norm(model, "feed_forward_output_norm", width)
@@ -193,9 +198,16 @@ def _mixed_widths(net: DeltaNetConfig) -> tuple[tuple[str, int], ...]:
 def _attention(model: Architecture) -> Iterator[Named]:
     width, head = model.d_model, model.attention_head_dim
     query, key = model.num_heads * head, model.kv_heads * head
+    if model.attention_sinks:
+        yield "attention.sinks", (model.num_heads,)
+    if model.is_normalized:
+        yield "attention.query_scale", (query,)
+        yield "attention.key_scale", (key,)
     for name, rows in (("query", query), ("key", key), ("value", key)):
         yield from _linear(f"attention.{name}", rows, width, bias=model.has_qkv_bias)
     yield from _linear("attention.output", width, query, bias=model.has_attention_output_bias)
+    if model.gate_width:
+        yield from _linear("attention.gate", model.gate_width, width, bias=model.has_qkv_bias)
     if model.qk_norm != "none":
         per_head = model.qk_norm == "per_head"
         yield from _norm(model, "attention.query_norm", head if per_head else query)
@@ -203,6 +215,9 @@ def _attention(model: Architecture) -> Iterator[Named]:
 
 
 def _feed_forward(model: Architecture, name: str, inner: int, *, bias: bool) -> Iterator[Named]:
+    if model.is_normalized:
+        yield f"{name}.gate_scale", (inner,)
+        yield f"{name}.up_scale", (inner,)
     if model.is_gated:
         yield from _linear(f"{name}.gate", inner, model.d_model, bias=bias)
     yield from _linear(f"{name}.up", inner, model.d_model, bias=bias)
@@ -228,6 +243,8 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[Named
 
 
 def _norm(model: Architecture, name: str, width: int) -> Iterator[Named]:
+    if model.is_normalized:
+        return
     yield f"{name}.weight", (width,)
     if model.norm == "layer_norm" and model.bias:
         yield f"{name}.bias", (width,)

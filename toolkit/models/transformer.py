@@ -7,21 +7,22 @@ stage of a pipeline.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.architecture import AttentionKind
 from toolkit.models.attention import Attention
 from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.delta_net import GatedDeltaNet, RowDocuments
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
+from toolkit.models.kernels import MaskedBackend
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_positions, document_starts
+from toolkit.models.normalized import NormalizedFeedForward, SphereStep
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
 from toolkit.models.router import RouterSums, combine_layers, router_loss
@@ -30,7 +31,8 @@ from toolkit.models.router import RouterSums, combine_layers, router_loss
 class Block(nn.Module):
     """x + f(x), for f = attention and then feed-forward; in parallel: x plus both of the same x.
 
-    Norms by `norm_placement`: f(norm(x)), norm(f(x)), or output_norm(f(norm(x))).
+    Norms by `norm_placement`: f(norm(x)), norm(f(x)), or output_norm(f(norm(x))). `normalized`: see
+    `toolkit.models.normalized`.
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -40,9 +42,16 @@ class Block(nn.Module):
         self.is_parallel = config.parallel_residual
         is_linear = config.kind_of(layer) == "linear"
         self.attention: nn.Module = GatedDeltaNet(config) if is_linear else Attention(config)
-        self.attention_norm = build_norm(config, config.d_model)
+        self.residual_scale = config.residual_scale
+        if not config.is_normalized:
+            self.attention_norm = build_norm(config, config.d_model)
         self.has_experts = moe is not None
         self.feed_forward: nn.Module
+        if config.is_normalized:
+            self.feed_forward = NormalizedFeedForward(config, config.intermediate_size)
+            self.attention_step = SphereStep(config)
+            self.feed_forward_step = SphereStep(config)
+            return
         if moe is None:
             bias = config.has_feed_forward_bias
             self.feed_forward = FeedForward(config, config.intermediate_size, bias=bias)
@@ -62,22 +71,28 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterSums | None]:
         """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
         `is_target`, `(batch, seq)` bool; None where there is no router or None is given."""
+        if self.placement == "normalized":
+            x = self.attention_step(x, self.attention(x, rotary, mask))
+            return self.feed_forward_step(x, self.feed_forward(x)), None
         normed = x if self.placement == "reordered" else self.attention_norm(x)
         attended = self.attention(normed, rotary, mask)
         if self.is_parallel:
             fed, sums = self._feed(self.feed_forward_norm(x), is_target)
-            return x + (attended + fed), sums
+            return x + self._scaled(attended + fed), sums
         if self.placement == "reordered":
-            x = x + self.attention_norm(attended)
+            x = x + self._scaled(self.attention_norm(attended))
             fed, sums = self._feed(x, is_target)
-            return x + self.feed_forward_norm(fed), sums
+            return x + self._scaled(self.feed_forward_norm(fed)), sums
         if self.placement == "sandwich":
             attended = self.attention_output_norm(attended)
-        x = x + attended
+        x = x + self._scaled(attended)
         fed, sums = self._feed(self.feed_forward_norm(x), is_target)
         if self.placement == "sandwich":
             fed = self.feed_forward_output_norm(fed)
-        return x + fed, sums
+        return x + self._scaled(fed), sums
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def _feed(self, x: Tensor, is_target: Tensor | None) -> tuple[Tensor, RouterSums | None]:
         if self.has_experts:
@@ -127,6 +142,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.masks: MaskMaker = row_masks
+        self.masked_backend: MaskedBackend | None = None
+        """How masked attention is to be computed; None: the best way here."""
         self.embeddings: Embeddings | None
         self.head: Head | None
         with torch.device("meta"):
@@ -204,7 +221,7 @@ class Transformer(nn.Module):
             positions,
             layers=self.blocks.layers,
             table_length=table_length,
-            masks=self.masks,
+            masks=partial(self.masks, backend=self.masked_backend),
         )
         routers: list[RouterSums] = []
         for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
@@ -253,31 +270,40 @@ class LayerInputs(NamedTuple):
     """What a layer is given besides the residual stream."""
 
     rotary: RotaryTable | None
-    """None for learned positions."""
+    """None where the layer has none."""
     mask: Any
     """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does. Of
     linear attention: `RowDocuments`, or None where each row is one."""
 
 
-MaskMaker = Callable[[TransformerConfig, Tensor, Tensor | None, int], Callable[[int | None], Any]]
+MaskMaker = Callable[..., Callable[[int | None], Any]]
 """As `row_masks`; who splits rows puts another in its place."""
 
 
 def row_masks(
-    config: TransformerConfig, x: Tensor, starts: Tensor | None, length: int
+    config: TransformerConfig,
+    x: Tensor,
+    starts: Tensor | None,
+    length: int,
+    *,
+    backend: MaskedBackend | None = None,
 ) -> Callable[[int | None], AttentionMask | None]:
     """A function from a layer's window to its mask, one for all layers of a kind, over rows of
-    `length` tokens; `x` is for type and device, `starts` see `layer_inputs`."""
+    `length` tokens; `x` is for type and device, `starts` see `layer_inputs`, `backend` is how it is
+    to be computed: None: as `attention_backend` says."""
 
     @cache
     def mask(window: int | None) -> "AttentionMask | None":
-        if starts is None and window is None and config.attention_soft_cap is None:
+        needs_one = not config.is_plain_softmax or backend == "flex"
+        if starts is None and window is None and not needs_one:
             return None
         places = starts
         if places is None:
             places = torch.zeros(1, length, dtype=torch.int64, device=x.device)
         head_dim = config.attention_head_dim
-        return AttentionMask(places, window=window, dtype=x.dtype, head_dim=head_dim)
+        return AttentionMask(
+            places, window=window, dtype=x.dtype, head_dim=head_dim, backend=backend
+        )
 
     return lambda window: mask(None if window is None or window >= length else window)
 
@@ -303,9 +329,7 @@ def layer_inputs(
     seq = x.shape[1] if positions is None else positions.shape[1]
 
     @cache
-    def rotary(is_local: bool) -> RotaryTable | None:
-        if config.positions != "rope":
-            return None
+    def rotary(is_local: bool) -> RotaryTable:
         theta, scaling = config.rope_theta, config.rope_scaling
         if is_local and config.sliding_rope_theta is not None:
             theta, scaling = config.sliding_rope_theta, None
@@ -313,16 +337,17 @@ def layer_inputs(
         return table if positions is None else table.at(positions)
 
     mask = masks(config, x, starts, seq)
+    numbers = range(config.num_layers) if layers is None else layers
+    has_two = config.sliding_rope_theta is not None
+    documents = None
+    if starts is not None and config.linear_layers:
+        documents = RowDocuments(starts, dtype=x.dtype)
 
-    @cache
-    def inputs(kind: AttentionKind) -> LayerInputs:
-        if kind == "linear":
-            return LayerInputs(
-                None, None if starts is None else RowDocuments(starts, dtype=x.dtype)
-            )
-        window = config.sliding_window if kind == "sliding" else None
-        is_local = window is not None and config.sliding_rope_theta is not None
-        return LayerInputs(rotary(is_local), mask(window))
+    def inputs(layer: int) -> LayerInputs:
+        if config.kind_of(layer) == "linear":
+            return LayerInputs(None, documents)
+        window = config.window_of(layer)
+        is_local = window is not None and has_two
+        return LayerInputs(rotary(is_local) if config.has_rope(layer) else None, mask(window))
 
-    chosen = range(config.num_layers) if layers is None else layers
-    return [inputs(config.kind_of(layer)) for layer in chosen]
+    return [inputs(layer) for layer in numbers]

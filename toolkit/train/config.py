@@ -95,9 +95,11 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     which start without the host (`single` and `ddp`, one microbatch a step; for small models);
     `max-autotune`: both."""
     attention_backend: AttentionBackend = "auto"
-    """Which kernel of SDPA computes attention without masks on CUDA, where it can. `auto`: what is
-    measured on H100, H200 and B200, else torch's flash attention; `flash3`: FlashAttention 3, which
-    must be installed. `engine.json` of the run says which."""
+    """What computes attention. `auto`: SDPA without masks; with masks (documents, windows), soft
+    caps or sinks flex attention on CUDA, else SDPA or plain operations. `sdpa` and `flex`: that one
+    for all attention. The others name SDPA's kernel for attention without masks on CUDA, where
+    `auto` takes what is measured on H100, H200 and B200, else torch's flash attention; `flash3`:
+    FlashAttention 3, which must be installed. `engine.json` of the run says which."""
     freeze: tuple[str, ...] = ()
     """Shell-style patterns over parameter names: these keep their values. A pattern that matches
     nothing is an error, and so is nothing left to train."""

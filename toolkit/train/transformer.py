@@ -25,6 +25,7 @@ from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
+from toolkit.models.attention import Attention
 from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
@@ -38,7 +39,7 @@ from toolkit.models.parameters import (
 )
 from toolkit.models.quantised import QuantisedLinear, quantised_linears
 from toolkit.models.router import RouterSums
-from toolkit.models.sdpa import choose_attention
+from toolkit.models.sdpa import choose_attention, masked_backend
 from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
@@ -82,6 +83,16 @@ class TransformerTrainModule(EngineTrainModule):
             head_dim=self.model_config.to_transformer().attention_head_dim,
             measured=self.environment.choices.attention,
         )
+        masked = masked_backend(
+            config.attention_backend,
+            self.model_config.to_transformer(),
+            self.environment.device,
+            dtype,
+        )
+        model.masked_backend = masked  # type: ignore[assignment]
+        for part in model.modules():
+            if isinstance(part, Attention):
+                part.may_block = masked is None
         quantised = quantised_layers(self.model_config.to_transformer(), config.lora)
         optim = config.optim.of_model(self.model_config.to_transformer().d_model)
         shapes = {name: info.shape for name, info in infos}
@@ -116,6 +127,7 @@ class TransformerTrainModule(EngineTrainModule):
             device,
             dtype,
             attention_order=order,
+            masked_backend=masked,
             is_compiled=is_compiled,
             has_z_loss=bool(config.z_loss_multiplier),
             trains_head_alone=self.trained_names == {"head.weight"},
@@ -131,7 +143,7 @@ class TransformerTrainModule(EngineTrainModule):
             self.kernels["linear layers"] = describe_quantised(
                 self.model_config.to_transformer(), quantised
             )
-        is_said = float8 or quantised or device.type != "cpu"
+        is_said = float8 or quantised or masked or device.type != "cpu"
         if self.environment.is_main and is_said:
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
