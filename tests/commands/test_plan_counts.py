@@ -60,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
         "dp": {"reshard_after_forward": False},
         "model": {"qk_norm": "full", "norm_placement": "reordered"},
     },
+    "fsdp, nGPT": {"engine": "fsdp", "model": {"norm_placement": "normalized"}},
+    "tp, gates": {"tp_config": TP, "model": {"attention_gate": "elementwise"}},
     "cp": {"engine": "fsdp", "cp_config": CP},
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},

@@ -30,6 +30,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_pattern": ("sliding", "full"),
         "tie_embeddings": True,
     },
+    "gates and sinks": {
+        "attention_gate": "headwise",
+        "attention_sinks": True,
+        "rope_pattern": ("rope", "none"),
+    },
+    "ngpt": {"norm_placement": "normalized"},
     "learned": {
         "positions": "learned",
         "norm": "layer_norm",
@@ -50,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
 CASES: dict[int, list[tuple[str, str]]] = {
     2: [
         ("llama", "rows"), ("llama", "odd"), ("windows", "masked"), ("caps", "documents"),
-        ("learned", "odd"), ("moe", "masked"),
+        ("learned", "odd"), ("moe", "masked"), ("gates and sinks", "documents"), ("ngpt", "rows"),
     ],
     4: [
         ("llama", "masked"), ("windows", "documents"), ("short windows", "rows"), ("caps", "odd"),
@@ -110,7 +116,7 @@ def compare(styles: tuple[str, ...], cases: list[tuple[str, str]]) -> dict[tuple
         with torch.no_grad():
             logits = whole(given["input_ids"], document_ids=given.get("document_ids"))
         for style in styles:
-            if style == "ring" and name == "caps":
+            if style == "ring" and name in ("caps", "gates and sinks"):
                 continue
             for balance in ("head_tail", "none"):
                 if balance == "none" and ("windows" not in name or style == "ulysses"):

@@ -55,6 +55,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm": "layer_norm", "parallel_residual": True, "rotary_fraction": 0.5, "bias": True,
         "feed_forward": "gelu_exact",
     },
+    "gates and sinks": {"attention_gate": "headwise", "attention_sinks": True, "qkv_bias": True},
+    "ngpt": {"norm_placement": "normalized", "attention_gate": "elementwise"},
     "experts": {"moe": MOE},
     "shared expert": {"moe": MOE.replace(shared_expert_intermediate_size=20, dense_layers=())},
     "mostly padding": {"vocab_size": 20, "vocab_multiple": 64},
@@ -207,7 +209,7 @@ def test_two_ranks_compute_what_one_does(on_two: Any, name: str) -> None:
 
 
 def shared_heads(group: Any) -> dict[str, tuple[float, str]]:
-    names = ("llama", "olmo2", "olmo2, one key head", "layer norm of all heads", "experts")
+    names = ("llama", "olmo2", "olmo2, one key head", "layer norm of all heads", "ngpt", "experts")
     config = config_of(bias=True)
     lora = LoRAConfig(rank=3, target_modules=("*.attention.*",), train_also=("*.key.*",))
     adapted = worst(compared(config, batch_of(config), group, lora=lora))

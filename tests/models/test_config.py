@@ -69,6 +69,10 @@ VARIANTS = [
         "feed_forward": "gelu_exact",
         "rotary_fraction": 0.25,
     },
+    {"attention_gate": "headwise", "attention_sinks": True, "qkv_bias": True},
+    {"attention_gate": "elementwise", "num_key_value_heads": 2, "rope_pattern": ("none", "rope")},
+    {"norm_placement": "normalized", "num_key_value_heads": 2, "attention_sinks": True},
+    {"residual_scale": 0.5, "logit_scale": 0.25, "tie_embeddings": True},
     {  # as in Qwen 2, and a width that is no power of two
         "d_model": 36,
         "num_heads": 9,
@@ -187,6 +191,13 @@ def test_gpt_config_is_the_same_model_in_other_words():
             "norm_weight_offset goes with norm rms",
         ),
         ({"parallel_residual": True, "norm_placement": "sandwich"}, "norm_placement pre only"),
+        ({"rope_pattern": ()}, "rope_pattern: empty; name at least one kind"),
+        ({"rope_pattern": ("none",), "positions": "learned"}, "goes with positions rope"),
+        (
+            {"norm_placement": "normalized", "qk_norm": "full"},
+            "qk_norm does not go with norm_placement normalized; leave it out",
+        ),
+        ({"norm_placement": "normalized", "feed_forward": "gelu"}, "swiglu or geglu, not gelu"),
         ({"vocab_size": 0}, "vocab_size must be greater than 0, not 0"),
     ],
 )

@@ -21,6 +21,8 @@ VARIANTS = [
     {"num_key_value_heads": 2},
     {"num_key_value_heads": 1, "qk_norm": "per_head"},
     {"qk_norm": "full", "norm_placement": "reordered"},
+    {"attention_gate": "elementwise", "attention_sinks": True, "rope_pattern": ("rope", "none")},
+    {"norm_placement": "normalized", "num_key_value_heads": 2},
     {"positions": "learned", "num_key_value_heads": 2, "norm_placement": "reordered"},
     "gpt",
 ]

@@ -49,6 +49,9 @@ def block_activations(job: Job, *, sparse: bool) -> Activations:
     statistics = FP32 * (2 if model.norm == "layer_norm" else 1)
     norms = 4 if model.norm_placement == "sandwich" else 2
     residual = chunk * norms * (width * norm_input + statistics)
+    if model.is_normalized:
+        # Of each step: what it goes to, before and after its length is one; where it arrives.
+        residual = chunk * 2 * (width * (2 * FP32 + size) + 2 * FP32)
     if model.parallel_residual:  # both norms read the same stream
         residual -= chunk * width * norm_input
     gathered = tokens * width * size
@@ -58,9 +61,8 @@ def block_activations(job: Job, *, sparse: bool) -> Activations:
     if sparse:
         feed_forward += _experts(job)
     else:
-        feed_forward += gathered + tokens * -(-model.intermediate_size // tp) * size * (
-            _kept_widths(job)
-        )
+        kept = _kept_widths(job) + (2 if model.is_normalized else 0)  # before their scales
+        feed_forward += gathered + tokens * -(-model.intermediate_size // tp) * size * kept
     attention = gathered + _attention(job)
     return Activations(residual, attention, feed_forward)
 
@@ -122,6 +124,12 @@ def _attention(job: Job) -> float:
     if model.qk_norm != "none":
         numbers = 2 if model.qk_norm == "full" else heads + kv_heads
         kept += tokens * ((query + key) * size + numbers * FP32)
+    if model.is_normalized:  # before and after their length is one
+        kept += tokens * ((query + key) * (FP32 + size) + (heads + kv_heads) * FP32)
+    if model.attention_sinks:  # the result before the sink's share is taken off, in fp32
+        kept += tokens * (query * (size if size == FP32 else FP32 + size) + 2 * heads * FP32)
+    if model.gate_width:
+        kept += tokens * (query + model.gate_width // layout.tp) * size
     return kept
 
 

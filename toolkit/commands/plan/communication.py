@@ -58,6 +58,7 @@ def traffic_of(job: Job, stage: Stage) -> list[Traffic]:
     if layout.pp > 1:
         found += _pipeline(job, stage)
     found += _whole_matrices(job, stage)
+    found += _unit_weights(job, stage)
     return [traffic for traffic in found if traffic.total]
 
 
@@ -79,6 +80,16 @@ def _fsdp(job: Job, stage: Stage) -> Iterator[Traffic]:
         calls = gathers, number * reductions, number
         yield from _unit(job, unit.dense, calls, "dp", job.shard_ranks, what)
         yield from _unit(job, unit.experts, calls, "efsdp", inside, "experts")
+
+
+def _unit_weights(job: Job, stage: Stage) -> Iterator[Traffic]:
+    """Of an nGPT under FSDP: squared lengths, in float64, of the columns that it cuts, which are
+    those of the last matrices of attention and feed-forward."""
+    model, layers = job.model, sum(group.number for group in job.groups(stage))
+    if model.is_normalized and job.layout.is_fsdp:
+        columns = model.num_heads * model.attention_head_dim + model.intermediate_size
+        size = 2 * FP32 * layers * columns
+        yield Traffic("all-reduce", "stage", "squared lengths of weights", 1, size)
 
 
 def _whole_matrices(job: Job, stage: Stage) -> Iterator[Traffic]:

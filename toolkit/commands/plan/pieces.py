@@ -92,6 +92,10 @@ def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: 
     part, _, kind = name.rpartition(".")
     part = part.removesuffix(".lora_A").removesuffix(".lora_B")
     last = part.rpartition(".")[2]
+    if kind == "key_scale":
+        return (max(shape[0] // tp, model.attention_head_dim),)
+    if kind in ("sinks", "query_scale", "gate_scale", "up_scale"):
+        return _cut(shape, 0, tp)
     if part in ("embeddings.tokens", "head"):
         return _cut(shape, 0, tp)
     if last in ("output", "down"):  # cut by columns; the bias is whole
@@ -115,7 +119,8 @@ def is_partial(name: str, local: Shape, shape: Shape, model: TransformerConfig, 
     if tp == 1 or ".experts." in name:
         return False
     last = name.rpartition(".")[0].rpartition(".")[2]
-    shared_heads = last in ("key", "value", "key_norm") and model.kv_heads < tp
+    is_of_keys = last in ("key", "value", "key_norm") or name.endswith("key_scale")
+    shared_heads = is_of_keys and model.kv_heads < tp
     return local == shape or shared_heads
 
 
