@@ -348,7 +348,8 @@ class Architecture(Config, frozen=True, kw_only=True):
     def has_rope(self, layer: int) -> bool:
         """Whether this layer rotates queries and keys."""
         pattern = self.rope_pattern
-        return self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
+        is_rotated = self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
+        return is_rotated and self.kind_of(layer) != "linear"
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""

@@ -116,7 +116,7 @@ class TransformerConfig(
             raise ValueError(f"rope needs an even head_dim, not {self.rotary_dim}{part}")
         if not self.attention_pattern:
             raise ValueError("attention_pattern: empty; name at least one kind, full or sliding")
-        if bool(self.linear_layers) != (self.delta_net is not None):
+        if ("linear" in self.attention_pattern) != (self.delta_net is not None):
             raise ValueError(
                 "attention_pattern: linear layers need delta_net, which says what they are made of"
                 if self.delta_net is None

@@ -343,11 +343,10 @@ def layer_inputs(
     if starts is not None and config.linear_layers:
         documents = RowDocuments(starts, dtype=x.dtype)
 
-    def inputs(layer: int) -> LayerInputs:
-        if config.kind_of(layer) == "linear":
-            return LayerInputs(None, documents)
-        window = config.window_of(layer)
-        is_local = window is not None and has_two
-        return LayerInputs(rotary(is_local) if config.has_rope(layer) else None, mask(window))
-
-    return [inputs(layer) for layer in numbers]
+    return [
+        LayerInputs(
+            rotary(window is not None and has_two) if config.has_rope(layer) else None,
+            documents if config.kind_of(layer) == "linear" else mask(window),
+        )
+        for layer, window in ((layer, config.window_of(layer)) for layer in numbers)
+    ]
