@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from toolkit.models.kernels import widest_float
 from toolkit.models.norms import widened
 
 CHUNK_SIZE = 64
@@ -63,17 +64,16 @@ def gated_delta_rule(
         key = _unit(widened(key))
         chunk_size = min(chunk_size, value.shape[1])
         # `(chunks, batch, key_heads, 1 or value heads of each, chunk_size, ...)`.
-        q, k, v, logs, strengths = (
+        q, k, v, strengths = (
             _in_chunks(x, chunk_size, n)
             for x, n in (
                 (query, 1),
                 (key, 1),
                 (widened(value), groups),
-                (widened(log_decay)[..., None], groups),
                 (widened(write_strength)[..., None], groups),
             )
         )
-        chunks = _Chunks(logs, starts, value.shape[1])
+        chunks = _Chunks(widened(log_decay), starts, chunk_size, key.shape[2])
         pairs = chunks.pairs
         system = k @ k.mT * (strengths * pairs)
         sides = torch.cat((v * strengths, k * (strengths * chunks.carried)), dim=-1)
@@ -91,26 +91,38 @@ def gated_delta_rule(
 
 
 class _Chunks:
-    """Decays inside of chunks."""
+    """Decays inside of chunks, each `(chunks, batch, key_heads, groups, chunk_size, ...)`.
 
-    def __init__(self, logs: Tensor, starts: Tensor | None, length: int) -> None:
-        """`logs`: `(chunks, batch, key_heads, groups, chunk_size, 1)`."""
-        size = logs.shape[4]
+    Attributes:
+        pairs: from the token of a column to that of a row; 0 to a token before, or of another
+            document.
+        carried: from before the chunk to a token.
+        remaining: from a token to the last one.
+        kept: from before the chunk to its end.
+    """
+
+    def __init__(self, log_decay: Tensor, starts: Tensor | None, size: int, key_heads: int) -> None:
+        """`log_decay`: `(batch, seq, value_heads)`."""
+        missing = -log_decay.shape[1] % size
+        logs = pad(log_decay, (0, 0, 0, missing)).unflatten(1, (-1, size)).transpose(0, 1)
         place = torch.arange(size, device=logs.device)
         sees = place <= place[:, None]
-        if starts is None:
-            total = logs.cumsum(4)
-            self.pairs = _exp(total - total.mT, sees)
-            self.carried = total.exp()
-        else:
-            missing = logs.shape[0] * size - length
-            # Padding is a document of its own.
-            own = pad(starts, (0, missing), value=length).unflatten(1, (-1, size)).transpose(0, 1)
-            first = torch.arange(0, logs.shape[0] * size, size, device=logs.device)
-            own = (own - first[:, None, None])[:, :, None, None, :, None]
-            total = _sum_from(logs, own, place)
-            self.pairs = _exp(total - total.mT, sees & (own == own.mT))
-            self.carried = torch.where(own < 0, total.exp(), 0.0)
+        own = None
+        if starts is not None:
+            # Where a token's document starts in the chunk. Padding is a document of its own.
+            own = pad(starts, (0, missing), value=log_decay.shape[1]).unflatten(1, (-1, size))
+            own = own.transpose(0, 1) - size * torch.arange(len(logs), device=logs.device).view(
+                -1, 1, 1
+            )
+            sees = sees & (own[..., None] == own[..., None, :])
+        # A document's own numbers, added up; as a product, for which inductor finds a kernel.
+        wide = widest_float(logs.device)
+        total = (sees.to(wide) @ logs.to(wide)).to(logs.dtype)
+        total = total.unflatten(3, (key_heads, -1)).permute(0, 1, 3, 4, 2)[..., None]
+        self.pairs = _exp(total - total.mT, sees if own is None else sees[:, :, None, None])
+        self.carried = total.exp()
+        if own is not None:
+            self.carried = torch.where(own[:, :, None, None, :, None] < 0, self.carried, 0.0)
         self.remaining = self.pairs[..., -1:, :].mT
         self.kept = self.carried[..., -1:, :]
 
@@ -118,18 +130,6 @@ class _Chunks:
 def _exp(x: Tensor, where: Tensor) -> Tensor:
     """exp(x), and 0 elsewhere, whatever `x` is there."""
     return x.masked_fill(~where, float("-inf")).exp()
-
-
-def _sum_from(logs: Tensor, own: Tensor, place: Tensor) -> Tensor:
-    """Sum of `logs` over dimension 4 from the beginning of a token's document, or of its chunk, to
-    the token. Of the document's own numbers alone: no difference of sums over others."""
-    total, step = logs, 1
-    reach = place[:, None] - own.clamp(min=0)  # tokens of the document before this one
-    while step < logs.shape[4]:
-        before = pad(total, (0, 0, step, 0))[..., : logs.shape[4], :]
-        total = total + torch.where(reach >= step, before, 0.0)
-        step *= 2
-    return total
 
 
 def _unit(x: Tensor) -> Tensor:
