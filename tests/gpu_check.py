@@ -295,6 +295,9 @@ PARTS: dict[str, Callable[[Machine], str]] = {
         m, head_dim=128, sliding_window=100, attention_pattern=("sliding", "full")
     ),
     "flex against SDPA: soft cap, 256": lambda m: flex(m, head_dim=256, attention_soft_cap=30.0),
+    "flex against SDPA: sinks, gates": lambda m: flex(
+        m, head_dim=64, attention_sinks=True, attention_gate="elementwise"
+    ),
     "fp32 with grouped queries": fp32_grouped,
     "deterministic twice": deterministic,
     "save beside training": save,

@@ -216,6 +216,15 @@ def test_attention_kernels_of_gpus_are_refused_on_cpus(
     assert "train_module.attention_backend: chooses between CUDA's kernels" in line
 
 
+def test_flex_attention_is_refused_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    said = lines("--train_module.attention_backend=flex")
+    (line,) = [line for line in said if "refused on this machine" in line]
+    assert "train_module.attention_backend: flex attention trains on CUDA GPUs" in line
+    said = lines("--train_module.attention_backend=sdpa")
+    assert not any("refused on this machine" in line for line in said)
+
+
 def test_more_threads_than_can_be_started_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer.num_threads: 100000 threads are more than 4"):
         lines("--trainer.num_threads=100000")

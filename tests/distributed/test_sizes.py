@@ -73,6 +73,14 @@ def test_styles_of_context_parallelism_have_needs_of_their_own() -> None:
     ring = ContextParallelConfig(degree=2, style="ring")
     with pytest.raises(ConfigError, match=r"ring does not know model.attention_soft_cap"):
         check_sizes(Layout(cp=2, cp_config=ring), model(attention_soft_cap=50.0))
+    with pytest.raises(ConfigError, match=r"ring does not know model.attention_sinks"):
+        check_sizes(Layout(cp=2, cp_config=ring), model(attention_sinks=True))
+
+
+def test_zero_does_not_keep_the_weights_of_an_ngpt() -> None:
+    layout = Layout(dp_config=DataParallelConfig(name="zero2"), zero_stage=2, dp_shard=2)
+    with pytest.raises(ConfigError, match=r"norm_placement: zero2 steps flat .* use ddp, fsdp"):
+        check_sizes(layout, model(norm_placement="normalized"))
 
 
 @pytest.mark.parametrize("axis", ["tp", "pp", "ep"])

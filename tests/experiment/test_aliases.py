@@ -30,6 +30,13 @@ AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
         (["--trainer.save_folder=x", "--trainer.callbacks.checkpointer.save_interval=3"],
          ["--run.save_folder=x", "--trainer.callbacks.checkpointer.interval=3"]),
         (["--init_seed=7"], ["--seed=7"]),
+        (["--model.block.attention.gate.granularity=elementwise"],
+         ["--model.attention_gate=elementwise"]),
+        (["--model.block.name=peri_norm"], ["--model.norm_placement=sandwich"]),
+        (["--model.norm_placement=reordered_norm"], ["--model.norm_placement=reordered"]),
+        (["--train_module.attention_backend=torch"], ["--train_module.attention_backend=sdpa"]),
+        (["--train_module.attention_backend=flash_3"],
+         ["--train_module.attention_backend=flash3"]),
         (["--train_module.optim.group_overrides=[{params: [embeddings.weight], opts: {}}]"],
          ["--train_module.optim.group_overrides=[{params: [embeddings.tokens.weight], opts: {}}]"]),
         (["--train_module.freeze=[embeddings.weight, lm_head.w_out.weight]"],
@@ -44,7 +51,10 @@ def test_flags(theirs: list[str], ours: list[str], tmp_path: Path) -> None:
 
 def test_files(tmp_path: Path) -> None:
     sections: dict[str, Any] = {
-        "model": {"preset": "quickstart"},
+        "model": {
+            "preset": "quickstart",
+            "block": {"name": "peri_norm", "attention": {"gate": {"granularity": "headwise"}}},
+        },
         "train_module": {
             "max_sequence_length": 128,
             "compile_model": True,
@@ -57,6 +67,7 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "my.json"
     path.write_text(json.dumps(sections))
     config = load_experiment(str(path)).config
+    assert (config.model.norm_placement, config.model.attention_gate) == ("sandwich", "headwise")
     module = config.train_module
     assert config.dataset.sequence_length == 128
     assert module.ac_config is not None

@@ -20,6 +20,7 @@ def message(world_size: int, *overrides: str) -> str:
 BATCH = "data_loader.global_batch_size"
 MICRO = "train_module.rank_microbatch_size"
 SEQUENCE = "dataset.sequence_length"
+NGPT = ("--model.norm_placement=normalized", "--train_module.optim.group_overrides=[]")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ SEQUENCE = "dataset.sequence_length"
         (1, ["--model.vocab_size=256", "--dataset.tokenizer={type: byte}"],
          "model.vocab_size 256 is too small for dataset.tokenizer, which has 257 ids; "
          "set model.vocab_size to 257 or more"),
+        (1, [*NGPT],
+         "train_module.optim.weight_decay: 0.1 does not go with model.norm_placement normalized; "
+         "set it to 0"),
+        (1, [*NGPT, "--model.tie_embeddings=false",
+             "--train_module.optim={type: adamw, weight_decay: 0, mup: {base_width: 64}}"],
+         "train_module.optim.mup: muP does not go with model.norm_placement normalized; "
+         "leave it out"),
+        (1, [*NGPT, "--train_module.optim={type: schedule_free_adamw, weight_decay: 0}"],
+         "train_module.optim.type: an average of weights does not go with model.norm_placement "
+         "normalized; use adamw, muon or another type"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(world_size: int, overrides: list[str], expected: str) -> None:

@@ -113,6 +113,85 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.5, **WINDOW}),
     "phi3_tied": ("phi3", {"tie_word_embeddings": True, **rope(500.0)}),
+    "olmo": ("olmo", {"clip_qkv": 0.7, "hidden_size": 72}),
+    "olmo_biases_tied": ("olmo", {"attention_bias": True, "tie_word_embeddings": True}),
+    "cohere": ("cohere", {"hidden_size": 72, "logit_scale": 0.2, **rope(1000.0)}),
+    "cohere_biases_untied": (
+        "cohere",
+        {
+            "hidden_size": 72,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            **rope(1000.0, **LINEAR),
+        },
+    ),
+    "cohere2": (
+        "cohere2",
+        {"hidden_size": 72, "num_hidden_layers": 5, "layer_norm_eps": 1e-6, **WINDOW},
+    ),
+    "stablelm": ("stablelm", {"hidden_size": 144, "use_qkv_bias": True}),
+    "stablelm_parallel": (
+        "stablelm",
+        {
+            "hidden_size": 72,
+            "use_parallel_residual": True,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            **rope(1000.0, partial_rotary_factor=0.5),
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, **rope(500.0)}),
+    "smollm3_windows_biases_untied": (
+        "smollm3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            **rope(1000.0, **YARN),
+            **WINDOW,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 6.0,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 16, "mlp_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+    "exaone4": (
+        "exaone4",
+        {"num_hidden_layers": 5, **WINDOW, **rope(1000.0, **LLAMA3)},
+    ),
+    "exaone4_no_window": (
+        "exaone4",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm": ("glm", {"head_dim": 16, **rope(1000.0, partial_rotary_factor=0.5)}),
+    "glm4": ("glm4", {"head_dim": 32, "partial_rotary_factor": 0.25, "attention_bias": False}),
+    "glm4_whole_heads_linear": (
+        "glm4",
+        {"head_dim": 8, **rope(1000.0, partial_rotary_factor=1.0, **LINEAR)},
+    ),
+    "starcoder2": (
+        "starcoder2",
+        {"hidden_size": 72, "hidden_act": "gelu_new", "tie_word_embeddings": False, **WINDOW},
+    ),
+    "starcoder2_no_biases": ("starcoder2", {"use_bias": False, "hidden_act": "gelu"}),
     "gpt_neox": ("gpt_neox", {"hidden_size": 144, "hidden_act": "gelu"}),
     "gpt_neox_serial": (
         "gpt_neox",
@@ -173,6 +252,7 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 4,
             "num_experts_per_tok": 4,
             "norm_topk_prob": True,
+            "clip_qkv": 0.8,
             "attention_bias": True,
             **rope(1000.0, **YARN),
         },

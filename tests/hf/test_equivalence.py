@@ -50,10 +50,12 @@ CHANGED: dict[str, Any] = {
     "max_sequence_length": 4096,
     "norm": "layer_norm",
     "norm_eps": 1e-6,
+    "norm_weights": False,
     "norm_weight_offset": 1.0,
     "norm_placement": "sandwich",
     "residual_scale": 0.5,
     "parallel_residual": True,
+    "shared_norm": True,
     "qk_norm": "full",
     "positions": "learned",
     "rope_pattern": ("rope", "none"),
@@ -65,6 +67,7 @@ CHANGED: dict[str, Any] = {
     "attention_pattern": ("full", "sliding"),
     "attention_gate": "headwise",
     "attention_sinks": True,
+    "clip_qkv": 8.0,
     "attention_scale": 0.5,
     "attention_soft_cap": 50.0,
     "logit_soft_cap": 30.0,
@@ -107,6 +110,12 @@ CHANGED: dict[str, Any] = {
 }
 """Another valid value of each field."""
 
+NEEDS: dict[str, dict[str, Any]] = {
+    "norm_weights": {"norm": "layer_norm"},
+    "shared_norm": {"parallel_residual": True},
+}
+"""What a field goes with."""
+
 NO_MATTER = {
     "vocab_multiple": "rows of padding, which no id reaches and no export holds",
     "init_std": "only training from scratch draws initial values",
@@ -137,6 +146,9 @@ def change(name: str, value: Any) -> tuple[TransformerConfig, TransformerConfig]
     if name == "delta_net":  # of a model too short for the linear layers of its pattern
         before = HYBRID.replace(num_layers=1, attention_pattern=("full", "linear"), moe=None)
         return before, before.replace(attention_pattern=("full",), delta_net=None)
+    if name in NEEDS:
+        before = BASE.replace(**NEEDS[name])
+        return before, before.replace(**{field: value})
     if section == "moe":
         assert BASE.moe is not None
         return BASE, BASE.replace(moe=BASE.moe.replace(**{field: value}))

@@ -55,7 +55,6 @@ def test_load_balancing_has_the_weight_it_has_there(
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("olmoe", {"clip_qkv": 8.0}, "config.json: clip_qkv 8.0 is not covered by the mapping of"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 is more than num_experts 8"),
         ("qwen3_moe", {**QWEN, "decoder_sparse_step": 3}, "leave no layer with experts"),
         ("mixtral", {"hidden_act": "relu"}, "hidden_act 'relu' is not covered"),

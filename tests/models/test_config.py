@@ -72,6 +72,8 @@ VARIANTS = [
     {"attention_gate": "headwise", "attention_sinks": True, "qkv_bias": True},
     {"attention_gate": "elementwise", "num_key_value_heads": 2, "rope_pattern": ("none", "rope")},
     {"norm_placement": "normalized", "num_key_value_heads": 2, "attention_sinks": True},
+    {"norm": "layer_norm", "norm_weights": False, "clip_qkv": 0.5, "bias": True},
+    {"parallel_residual": True, "shared_norm": True, "rope_pattern": ("rope", "none")},
     {"residual_scale": 0.5, "logit_scale": 0.25, "tie_embeddings": True},
     {  # as in Qwen 2, and a width that is no power of two
         "d_model": 36,
@@ -191,6 +193,8 @@ def test_gpt_config_is_the_same_model_in_other_words():
             "norm_weight_offset goes with norm rms",
         ),
         ({"parallel_residual": True, "norm_placement": "sandwich"}, "norm_placement pre only"),
+        ({"shared_norm": True}, "shared_norm goes with parallel_residual only"),
+        ({"norm_weights": False}, "norm_weights false goes with norm layer_norm"),
         ({"rope_pattern": ()}, "rope_pattern: empty; name at least one kind"),
         ({"rope_pattern": ("none",), "positions": "learned"}, "goes with positions rope"),
         (

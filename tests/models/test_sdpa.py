@@ -1,14 +1,17 @@
 """Which of SDPA's kernels is tried first, on which hardware, and what is refused."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from toolkit.errors import ConfigError
 from toolkit.models import sdpa
-from toolkit.models.kernels import Hardware
-from toolkit.models.sdpa import attention_order, choose_attention, takes_measured
+from toolkit.models.config import TransformerConfig
+from toolkit.models.kernels import Hardware, kernel_record
+from toolkit.models.sdpa import attention_order, choose_attention, masked_backend, takes_measured
+from toolkit.models.transformer import layer_inputs, row_masks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 A100, H100, B200 = (Hardware("cuda", capability) for capability in ((8, 0), (9, 0), (10, 0)))
@@ -79,6 +82,48 @@ def test_what_comes_first(changes, expected):
 def test_what_is_asked_for_and_cannot_be_is_refused(changes, said):
     with pytest.raises(ConfigError, match=f"attention_backend: .*{said}.*; use auto"):
         order(**changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "device", "said"),
+    [
+        ("auto", {}, "cpu", None),
+        ("auto", {"attention_sinks": True}, "cpu", None),
+        ("sdpa", {}, "cpu", "sdpa"),
+        ("sdpa", {"attention_sinks": True}, "cpu", "sdpa does not know model.attention_sinks"),
+        ("flash", {"attention_soft_cap": 2.0}, "cpu", "flash does not know model.attention_soft"),
+        ("flex", {}, "cpu", "not on this cpu, float32, heads of 16; use auto"),
+        ("flex", {"attention_sinks": True}, "cuda", "flex"),
+    ],
+)
+def test_what_computes_masked_attention(asked, changes, device, said, monkeypatch):
+    if device == "cuda":
+        monkeypatch.setattr(sdpa, "attention_backend", lambda *_: "flex")
+    config = TransformerConfig(
+        vocab_size=100, d_model=64, num_layers=1, num_heads=4, intermediate_size=8, **changes
+    )
+    given = asked, config, torch.device(device), FP32
+    if said is None or said == asked:
+        assert masked_backend(*given) == said
+        return
+    with pytest.raises(ConfigError, match=f"train_module.attention_backend: .*{said}"):
+        masked_backend(*given)
+
+
+def test_flex_is_asked_for_by_all_layers_and_sdpa_takes_no_other_way(monkeypatch):
+    config = TransformerConfig(
+        vocab_size=100, d_model=64, num_layers=2, num_heads=4, intermediate_size=8
+    )
+    x, asked = torch.zeros(1, 8, 64), {"layers": range(2)}
+    masks = partial(row_masks, backend="flex")
+    for inputs in layer_inputs(config, x, None, None, masks=masks, **asked):
+        assert inputs.mask.blocks is not None
+    assert layer_inputs(config, x, None, None)[0].mask is None
+    record = kernel_record(
+        config, torch.device("cpu"), FP32,
+        is_compiled=True, has_z_loss=False, masked_backend="sdpa",
+    )  # fmt: skip
+    assert record["attention"] == record["attention inside documents and windows"] == "sdpa"
 
 
 def test_flash_attention_3_comes_before_all_where_it_is_installed(monkeypatch):

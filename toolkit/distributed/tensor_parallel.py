@@ -334,7 +334,7 @@ def _share_head(head: Head, cut: _Cut) -> None:
         logits = all_gather(linear(hidden, weight), group, dim=-1)
         return share_of_gradient(logits, 1.0 / size)
 
-    head.norm.forward = lambda x: all_gather(normed(x), group)  # type: ignore[method-assign]
+    head.norm.forward = lambda x: all_gather(normed(x), group)
     first = cut.rank * cut.config.padded_vocab_size // size
     head.loss.shard = VocabularyShard(first, size, gather)
     head.project = project

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import Box, ShardSpec, local_boxes, local_tensor
@@ -16,7 +14,7 @@ from toolkit.models.normalized import lengthen_, squared_lengths, unit_dimension
 
 
 class _Part(NamedTuple):
-    parameter: nn.Parameter
+    parameter: Any
     box: Box
     dim: int
     copies: int
@@ -37,15 +35,16 @@ class UnitWeights:
         self._parts: list[_Part] = []
         self._shared = 0
         """Vectors that lie on several ranks, the same number on each of these."""
-        for name, parameter in parameters.items():
-            spec, dim = shards[name], unit_dimension(name)
-            if dim is None:
+        # Those of other stages too: all ranks add up the same numbers.
+        for name, spec in shards.items():
+            if (dim := unit_dimension(name)) is None:
                 continue
-            is_cut = spec.dim == dim or (dim == 0 and isinstance(parameter, DTensor))
+            is_cut = spec.dim == dim or (dim == 0 and environment.layout.is_fsdp)
             start, other = self._shared, 1 - dim
             if is_cut:
                 self._shared += spec.shape[other]
-            for box in local_boxes(parameter, spec):
+            parameter = parameters.get(name)
+            for box in [] if parameter is None else local_boxes(parameter, spec):
                 first = start + box.offsets[other]
                 room = slice(first, first + box.sizes[other]) if is_cut else None
                 self._parts.append(_Part(parameter, box, dim, spec.copies, room))

@@ -27,16 +27,15 @@ ALIASES: dict[str, str] = {
         for theirs, ours in (("eval_interval", "interval"), ("eval_on_startup", "at_start"))
     },
     "model.block.name": "model.norm_placement",
+    "model.block.attention.gate.granularity": "model.attention_gate",
     "init_seed": "seed",
 }
 """Dotted path -> ours."""
 
+_BLOCKS = {"default": "pre", "reordered_norm": "reordered", "peri_norm": "sandwich"}
 _TYPES = {
-    "model.norm_placement": {
-        "default": "pre",
-        "reordered_norm": "reordered",
-        "peri_norm": "sandwich",
-    },
+    "model.norm_placement": _BLOCKS,
+    "model.block.name": _BLOCKS,
     "train_module.attention_backend": {"torch": "sdpa", "flash_2": "flash", "flash_3": "flash3"},
     "train_module.scheduler.type": {
         "cos_with_warmup": "cosine",
@@ -50,6 +49,8 @@ _TYPES = {
 }
 """Dotted path -> value -> ours."""
 
+_THEIR_SECTION = "model.block."
+"""One that ours has not: it goes with its last value."""
 _PARAMETERS = {
     "embeddings.weight": "embeddings.tokens.weight",
     "lm_head.w_out.weight": "head.weight",
@@ -99,11 +100,16 @@ def _move(data: dict[str, Any], theirs: str, ours: str, path: str) -> None:
     """Rename a value of `data`, which lies at `path`."""
     *sections, name = theirs.removeprefix(f"{path}.").split(".")
     container: Any = data
+    inside = [container]
     for section in sections:
         container = container.get(section) if isinstance(container, dict) else None
+        inside.append(container)
     if not isinstance(container, dict) or name not in container:
         return
     value = container.pop(name)
+    for outer, section, inner in reversed(list(zip(inside, sections, inside[1:], strict=False))):
+        if not inner and theirs.startswith(_THEIR_SECTION):
+            del outer[section]
     if ours == _BUDGET:
         container.setdefault("mode", "budget")
     *sections, name = ours.removeprefix(f"{path}.").split(".")

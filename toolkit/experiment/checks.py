@@ -244,7 +244,7 @@ def _check_normalized(config: ExperimentConfig) -> None:
     if optim.mup is not None:
         found.add(ConfigError(f"muP {why}; leave it out", key="train_module.optim.mup"))
     if optim.traits().keeps_average:
-        problem = f"averaged weights {why}; use adamw, muon or another type"
+        problem = f"an average of weights {why}; use adamw, muon or another type"
         found.add(ConfigError(problem, key="train_module.optim.type"))
     if module.lora is not None:
         found.add(ConfigError(f"{why}; leave it out", key="train_module.lora"))

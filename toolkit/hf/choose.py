@@ -97,7 +97,7 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         "rope_theta, rope_scaling or sliding_rope_theta": frequencies if has_rope else (),
         "sliding_window or attention_pattern": windows,
         "attention_scale": config.attention_scale or config.attention_head_dim**-0.5,
-        "bias": config.bias if config.norm == "layer_norm" else None,
+        "bias": config.bias if config.norm == "layer_norm" and config.norm_weights else None,
         "qkv_bias": config.has_qkv_bias,
         "attention_output_bias": config.has_attention_output_bias,
         "feed_forward_bias": config.has_feed_forward_bias if has_dense else None,

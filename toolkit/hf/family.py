@@ -136,6 +136,20 @@ def convolutions(sizes: Sequence[int], *, are_apart: bool) -> Transform:
     )
 
 
+def neighbours(head_dim: int, rotary_dim: int) -> Transform:
+    """Queries or keys whose rotation pairs channels 2 i and 2 i + 1 of a head, where ours pairs i
+    and i + rotary_dim / 2 (GLM)."""
+    half = rotary_dim // 2
+    ours = [channel for i in range(half) for channel in (i, i + half)]
+    order = torch.tensor([*ours, *range(rotary_dim, head_dim)])
+
+    def moved(tensors: Tensors, to: Tensor) -> list[Tensor]:
+        return [t.unflatten(0, (-1, head_dim))[:, to].flatten(0, 1) for t in tensors]
+
+    back = order.argsort()
+    return Transform(lambda ours: moved(ours, order), lambda theirs: moved(theirs, back))
+
+
 def interleaved(num_heads: int, *, number: int = 3) -> Transform:
     """A `number` of projections with as many heads each, head by head: the first head of each, then
     the second of each (GPT-NeoX: query, key and value)."""
@@ -187,6 +201,8 @@ class Family(NamedTuple):
     """How several tensors of ours, of so many rows each, lie in one of theirs."""
     transposed: bool = False
     """Weights in blocks are kept as `(in, out)`."""
+    rotates_neighbours: bool = False
+    """See `neighbours`."""
     base_prefix: str = "model."
     """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
     buffers: tuple[str, ...] = ()
@@ -241,6 +257,8 @@ class Family(NamedTuple):
                     continue
                 rows = [shapes[name][0] for name in names]
                 transform = SAME if len(names) == 1 else self.fuse(config, rows)
+                if self.rotates_neighbours and parts[0] in ("attention.query", "attention.key"):
+                    transform = neighbours(config.attention_head_dim, config.rotary_dim)
                 if self.transposed and ours_in and len(shapes[names[0]]) > 1:
                     transform = transform._replace(transposed=True)
                 yield Rule(names, (f"{theirs_in}{theirs}.{kind}",), transform)

@@ -205,6 +205,8 @@ class Architecture(Config, frozen=True, kw_only=True):
     """Kind of normalisation."""
     norm_eps: float = 1e-5
     """Added to the variance."""
+    norm_weights: bool = True
+    """Off: layer norms have neither weights nor biases (OLMo 1)."""
     norm_weight_offset: float = 0.0
     """RMS norms multiply by this + weight, in fp32; 1 in Gemma, whose weights start at zero."""
     norm_placement: Literal["pre", "reordered", "sandwich", "normalized"] = "pre"
@@ -216,6 +218,8 @@ class Architecture(Config, frozen=True, kw_only=True):
     parallel_residual: bool = False
     """Attention and feed-forward read the same residual stream and add to it together (GPT-J,
     GPT-NeoX), instead of one after the other. With `norm_placement: pre`."""
+    shared_norm: bool = False
+    """With `parallel_residual`: both read it through one norm (Cohere)."""
     qk_norm: Literal["none", "full", "per_head"] = "none"
     """Normalise queries and keys: over all heads at once (OLMo 2) or each head (Qwen 3)."""
     positions: Literal["rope", "learned"] = "rope"
@@ -245,6 +249,8 @@ class Architecture(Config, frozen=True, kw_only=True):
     attention_sinks: bool = False
     """A learned score per head that takes part in the softmax and adds no value, so that a query
     may attend to nothing (gpt-oss)."""
+    clip_qkv: float | None = None
+    """Clip queries, keys and values to at most this size, before their rotation; null: not."""
     attention_scale: float | None = None
     """Multiplies query-key products; default: 1 / sqrt(head_dim)."""
     attention_soft_cap: float | None = None

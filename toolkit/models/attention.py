@@ -206,6 +206,7 @@ class Attention(nn.Module):
         self.head_dim = config.attention_head_dim
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
+        self.clip = config.clip_qkv
         self.may_block = True
         """See `attend`."""
         self.norm_per_head = config.qk_norm == "per_head"
@@ -244,7 +245,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(batch, seq, d_model)` to the same shape; see `LayerInputs` and `attend`."""
         batch, seq, _ = x.shape
-        layers = [self.query, self.key, self.value]
+        layers: list[nn.Module] = [self.query, self.key, self.value]
         if self.gate is not None:
             layers.append(self.gate)
         query, key, value, *gates = projected(x, *layers)
@@ -271,10 +272,11 @@ class Attention(nn.Module):
         return self.output(attended.reshape(batch, seq, -1))
 
     def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
-        """`(batch, seq, heads * head_dim)`, normalised, as `(batch, seq, heads, head_dim)`."""
+        """`(batch, seq, heads * head_dim)`, normalised and clipped, as `(batch, seq, heads,
+        head_dim)`."""
         if norm is not None and not self.norm_per_head:
             projected = norm(projected)
         heads = projected.unflatten(-1, (-1, self.head_dim))
         if norm is not None and self.norm_per_head:
             heads = norm(heads)
-        return heads
+        return heads if self.clip is None else heads.clamp(-self.clip, self.clip)

@@ -94,7 +94,7 @@ class TransformerConfig(
             "num_key_value_heads", "head_dim", "intermediate_size", "max_sequence_length",
             "norm_eps", "rope_theta", "sliding_rope_theta", "rotary_fraction", "sliding_window",
             "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
-            "residual_scale", "logit_scale",
+            "residual_scale", "logit_scale", "clip_qkv",
             "init_std", "loss_chunk_size",
         )  # fmt: skip
         sizes = {name: getattr(self, name) for name in LARGEST if name != "num_experts"}
@@ -134,6 +134,10 @@ class TransformerConfig(
         placements = {self.norm_placement, *map(self.norm_placement_of, self.linear_layers)}
         if self.parallel_residual and placements != {"pre"}:
             raise ValueError("parallel_residual goes with norm_placement pre only")
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("shared_norm goes with parallel_residual only")
+        if not self.norm_weights and (self.norm != "layer_norm" or self.qk_norm != "none"):
+            raise ValueError("norm_weights false goes with norm layer_norm, without qk_norm")
         if self.moe is not None and not self.is_gated:
             raise ValueError(f"moe: experts are gated; feed_forward {self.feed_forward} is not")
         for layer in self.moe.dense_layers if self.moe is not None else ():
@@ -153,7 +157,7 @@ class TransformerConfig(
             "norm": "rms_norm", "qk_norm": "none", "positions": "rope", "norm_weight_offset": 0.0,
             "parallel_residual": False, "residual_scale": 1.0, "embedding_scale": 1.0,
             "logit_scale": 1.0, "attention_scale": None, "bias": False, "qkv_bias": None,
-            "attention_output_bias": None, "feed_forward_bias": None, "moe": None,
+            "clip_qkv": None, "attention_output_bias": None, "feed_forward_bias": None, "moe": None,
             "init_scale_residual": False, "delta_net": None,
         }  # fmt: skip
         for name, value in usual.items():

@@ -64,23 +64,23 @@ class _RMSNormFunction(torch.autograd.Function):
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
 
-    def __init__(self, width: int, eps: float, *, bias: bool) -> None:
+    def __init__(self, width: int, eps: float, *, bias: bool, has_weight: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width)) if has_weight else None
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., width)` to the same shape and type."""
-        weight = self.weight.to(x.dtype)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if fuses_norms(x.device) and not torch.compiler.is_compiling():
             with torch.autocast(x.device.type, enabled=False):
-                return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+                return functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         wide = widened(x)
-        weight = weight.to(wide.dtype)
+        weight = None if weight is None else weight.to(wide.dtype)
         bias = None if bias is None else bias.to(wide.dtype)
-        return functional.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
+        return functional.layer_norm(wide, x.shape[-1:], weight, bias, self.eps).to(x.dtype)
 
 
 def fuses_norms(device: torch.device) -> bool:
@@ -94,7 +94,8 @@ def build_norm(config: TransformerConfig, width: int) -> RMSNorm | LayerNorm:
     """The norm that `config` asks for, over `width` channels."""
     if config.norm == "rms_norm":
         return RMSNorm(width, config.norm_eps, weight_offset=config.norm_weight_offset)
-    return LayerNorm(width, config.norm_eps, bias=config.bias)
+    has_weight = config.norm_weights
+    return LayerNorm(width, config.norm_eps, bias=config.bias and has_weight, has_weight=has_weight)
 
 
 def _rms_scale(wide: Tensor, eps: float) -> Tensor:

@@ -167,7 +167,8 @@ def _block(model: Architecture, kind: _Kind) -> Iterator[Named]:
     else:
         bias = model.has_feed_forward_bias
         yield from _feed_forward(model, "feed_forward", model.intermediate_size, bias=bias)
-    yield from _norm(model, "feed_forward_norm", width)
+    if not model.shared_norm:
+        yield from _norm(model, "feed_forward_norm", width)
     if model.is_normalized:
         yield "attention_step.alpha", (width,)
         yield "feed_forward_step.alpha", (width,)
@@ -243,7 +244,7 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[Named
 
 
 def _norm(model: Architecture, name: str, width: int) -> Iterator[Named]:
-    if model.is_normalized:
+    if model.is_normalized or not model.norm_weights:
         return
     yield f"{name}.weight", (width,)
     if model.norm == "layer_norm" and model.bias:

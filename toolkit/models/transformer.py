@@ -57,7 +57,9 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(config, config.intermediate_size, bias=bias)
         else:
             self.feed_forward = MoE(config, moe)
-        self.feed_forward_norm = build_norm(config, config.d_model)
+        self.feed_forward_norm: nn.Module | None = None
+        if not config.shared_norm:
+            self.feed_forward_norm = build_norm(config, config.d_model)
         if self.placement == "sandwich":
             self.attention_output_norm = build_norm(config, config.d_model)
             self.feed_forward_output_norm = build_norm(config, config.d_model)
@@ -77,8 +79,11 @@ class Block(nn.Module):
         normed = x if self.placement == "reordered" else self.attention_norm(x)
         attended = self.attention(normed, rotary, mask)
         if self.is_parallel:
-            fed, sums = self._feed(self.feed_forward_norm(x), is_target)
+            if self.feed_forward_norm is not None:
+                normed = self.feed_forward_norm(x)
+            fed, sums = self._feed(normed, is_target)
             return x + self._scaled(attended + fed), sums
+        assert self.feed_forward_norm is not None
         if self.placement == "reordered":
             x = x + self._scaled(self.attention_norm(attended))
             fed, sums = self._feed(x, is_target)

@@ -47,12 +47,12 @@ def block_activations(job: Job, *, sparse: bool) -> Activations:
     eager_layer_norm = model.norm == "layer_norm" and not job.is_compiled
     norm_input = FP32 if eager_layer_norm else size
     statistics = FP32 * (2 if model.norm == "layer_norm" else 1)
-    norms = 4 if model.norm_placement == "sandwich" else 2
+    norms = 4 if model.norm_placement == "sandwich" else 1 if model.shared_norm else 2
     residual = chunk * norms * (width * norm_input + statistics)
     if model.is_normalized:
         # Of each step: what it goes to, before and after its length is one; where it arrives.
         residual = chunk * 2 * (width * (2 * FP32 + size) + 2 * FP32)
-    if model.parallel_residual:  # both norms read the same stream
+    if model.parallel_residual and norms == 2:  # both norms read the same stream
         residual -= chunk * width * norm_input
     gathered = tokens * width * size
     # What attention and feed-forward read: the normed stream, or where norms come after, the stream

@@ -1,7 +1,7 @@
 """The architectures of `transformers` that we read and write. A new one: a file here and its name
 in `FAMILIES`."""
 
-from toolkit.hf.families import gpt, hybrid, llama
+from toolkit.hf.families import gpt, hybrid, layer_normed, llama, llama_kin
 from toolkit.hf.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -14,8 +14,19 @@ FAMILIES: tuple[Family, ...] = (
     llama.GEMMA2,
     llama.GEMMA3_TEXT,
     llama.PHI3,
+    llama_kin.SMOLLM3,
+    llama_kin.GRANITE,
+    llama_kin.SEED_OSS,
+    llama_kin.EXAONE4,
+    llama_kin.GLM,
+    llama_kin.GLM4,
+    layer_normed.OLMO,
+    layer_normed.STABLELM,
+    layer_normed.COHERE,
+    layer_normed.COHERE2,
     gpt.GPT2,
     gpt.GPT_NEOX,
+    gpt.STARCODER2,
     llama.MIXTRAL,
     llama.QWEN3_MOE,
     llama.OLMOE,

@@ -1,11 +1,13 @@
-"""GPT-2 and GPT-NeoX (Pythia): layer norms, biases, feed-forwards of two layers."""
+"""GPT-2, GPT-NeoX (Pythia) and StarCoder 2: layer norms, biases, feed-forwards of two layers."""
 
 from typing import Any
 
 from toolkit.hf.families.parts import (
     ATTENTION_BIAS,
     INIT_STD,
+    ONE_WINDOW,
     SIZES,
+    UNUSUAL_HEAD_DIM,
     WHOLE_HEADS,
     activation,
     always,
@@ -15,7 +17,7 @@ from toolkit.hf.families.parts import (
     required,
     without_effect,
 )
-from toolkit.hf.families.rope import read_rope, write_rope
+from toolkit.hf.families.rope import ROPE, read_rope, write_rope
 from toolkit.hf.family import Family, Part, interleaved
 from toolkit.models.config import TransformerConfig
 
@@ -119,4 +121,36 @@ GPT_NEOX = Family(
         r".*\.attention\.masked_bias",
         r".*\.rotary_emb\.inv_freq",
     ),
+)
+
+_LINEAR_BIASES = ("qkv_bias", "attention_output_bias", "feed_forward_bias")
+
+STARCODER2 = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    parts=(
+        SIZES,
+        renamed(num_key_value_heads="num_key_value_heads", norm_eps="norm_epsilon"),
+        UNUSUAL_HEAD_DIM,
+        activation("hidden_act", "gelu", "gelu_exact"),
+        INIT_STD,
+        ROPE,
+        ONE_WINDOW,
+        Part(
+            lambda settings: dict.fromkeys(_LINEAR_BIASES, settings.take("use_bias")),
+            lambda config: {"use_bias": config.has_qkv_bias},
+        ),
+        no_dropout("attention_dropout", "residual_dropout", "embedding_dropout"),
+        always(norm="layer_norm", positions="rope", bias=True),
+    ),
+    block={
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.output",
+        "mlp.c_fc": "feed_forward.up",
+        "mlp.c_proj": "feed_forward.down",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "feed_forward_norm",
+    },
 )

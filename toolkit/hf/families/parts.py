@@ -1,6 +1,6 @@
 """Parts that many families share: fields of config.json and ours, both ways."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from toolkit.errors import CheckpointError
@@ -151,6 +151,12 @@ ONE_WINDOW = Part(
 )
 
 
+def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+    """What these kinds of layers, repeated, are made of."""
+    periods = (n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
+    return tuple(kinds[: next(periods)])
+
+
 def _read_layer_types(settings: Settings) -> dict[str, Any]:
     kinds = []
     for name in settings.take("layer_types"):
@@ -166,8 +172,7 @@ def _read_layer_types(settings: Settings) -> dict[str, Any]:
             "config.json: layer_types names sliding_attention but sliding_window is null; "
             "give the number of tokens that a query sees"
         )
-    periods = (n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
-    return {"sliding_window": window, "attention_pattern": tuple(kinds[: next(periods)])}
+    return {"sliding_window": window, "attention_pattern": shortest_pattern(kinds)}
 
 
 def _write_layer_types(config: TransformerConfig) -> dict[str, Any]:
