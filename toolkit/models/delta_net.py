@@ -97,6 +97,12 @@ class GatedDeltaNet(nn.Module):
         return silu(short_convolution(x, weight, starts)).unflatten(-1, (-1, head_dim))
 
 
+def breaks_graphs(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a compiled block is cut in two at a kernel that torch.compile does not know."""
+    kernel = delta_rule_kernel(device.type, dtype=dtype or torch.float32)
+    return kernel == "fla" and any(isinstance(m, GatedDeltaNet) for m in model.modules())
+
+
 def mixed_rows(
     query: Tensor,
     key: Tensor,

@@ -76,6 +76,11 @@ class Group(NamedTuple):
     repeated: int
     """Of `number`, those that activation checkpointing computes again."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether their attention is linear."""
+        return any(p.name == "attention.A_log" for p in self.parameters)
+
 
 class ModelParts:
     """The parameters of a model, block by block, and what they cost; told once for all layouts."""
