@@ -231,7 +231,7 @@ def test_fused_kernels_are_given_all_rows_as_one_and_where_documents_begin(monke
 
 def test_the_kernel_is_recorded_and_a_better_one_named():
     config, cuda = TransformerConfig(**HYBRID), torch.device("cuda")
-    for device, said in ((torch.device("cpu"), ""), (cuda, "pip install flash-linear-attention")):
+    for device, said in ((torch.device("cpu"), ""), (cuda, "pip install 'toolkit[fla]'")):
         record = kernels.kernel_record(
             config, device, torch.bfloat16, is_compiled=False, has_z_loss=False
         )

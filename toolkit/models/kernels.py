@@ -286,7 +286,7 @@ def kernel_record(
             "chunks": "chunks of matrix products",
         }[kernel]
         if device.type == "cuda" and fla_function() is None:
-            advice = "pip install flash-linear-attention for a fused kernel"
+            advice = "pip install 'toolkit[fla]' for a fused kernel"
             record["linear attention"] += f" ({advice})"
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)
