@@ -8,6 +8,7 @@ import torch
 from tests.tiny import ROWS, SEQ, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
+from toolkit.models.architecture import DeltaNetConfig
 
 STEPS = 4
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -22,6 +23,15 @@ WINDOWED = {
     "attention_soft_cap": 2.0,
     "logit_soft_cap": 4.0,
     "tie_embeddings": True,
+}
+
+HYBRID = {
+    "attention_pattern": ("linear", "full"),
+    "delta_net": DeltaNetConfig(
+        num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=4, norm_placement="pre"
+    ),
+    "norm_placement": "reordered",
+    "qk_norm": "full",
 }
 
 
@@ -59,6 +69,8 @@ def reference(workers: WorkerPool) -> dict[str, Any]:
         "bf16": ({"precision": "bf16"}, {}),
         "windowed": ({}, WINDOWED),
         "windowed_bf16": ({"precision": "bf16"}, WINDOWED),
+        "hybrid": ({}, HYBRID),
+        "hybrid_bf16": ({"precision": "bf16"}, HYBRID),
     }
     return {
         kind: workers.run(1, documents_history, "single", ROWS, *settings)[0]
@@ -104,6 +116,22 @@ def test_low_precision_copies_compute_what_autocast_does_in_windowed_models(
     got = workers.run(2, documents_history, "fsdp", 2, {"precision": "bf16"}, WINDOWED)[0]
     assert got[0]["loss"] == pytest.approx(reference["windowed_bf16"][0]["loss"], rel=1e-5)
     assert_agree(got, reference["windowed_bf16"], 1e-3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_linear_attention_agrees(
+    workers: WorkerPool, reference: dict[str, Any], engine: str
+) -> None:
+    got = workers.run(2, documents_history, engine, 2, CHECKPOINTED, HYBRID)[0]
+    assert_agree(got, reference["hybrid"], 1e-5)
+
+
+def test_low_precision_copies_compute_what_autocast_does_in_linear_attention(
+    workers: WorkerPool, reference: dict[str, Any]
+) -> None:
+    got = workers.run(2, documents_history, "fsdp", 2, {"precision": "bf16"}, HYBRID)[0]
+    assert got[0]["loss"] == pytest.approx(reference["hybrid_bf16"][0]["loss"], rel=1e-5)
+    assert_agree(got, reference["hybrid_bf16"], 1e-3)
 
 
 @pytest.mark.parametrize("engine", ["single", *ENGINES])

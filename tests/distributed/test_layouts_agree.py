@@ -21,7 +21,7 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.distributed.shards import local_boxes, local_tensor
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
 from toolkit.train.module import Metric
@@ -50,6 +50,13 @@ MODELS: dict[str, dict[str, Any]] = {
             num_experts=4, top_k=2, intermediate_size=32, dense_layers=(0,),
             shared_expert_intermediate_size=32,
             load_balancing_multiplier=0.5, router_z_loss_multiplier=0.1,
+        ),
+    },
+    "hybrid": {
+        "attention_pattern": ("linear", "full"), "norm_placement": "reordered", "qk_norm": "full",
+        "delta_net": DeltaNetConfig(
+            num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=4,
+            norm_placement="pre", allow_negative_eigenvalues=True,
         ),
     },
 }  # fmt: skip
@@ -186,7 +193,7 @@ CASES = [
     slow(2, ("ep",), ("experts",)),
     (2, ("zero1", "cp"), ("llama",)),
     (2, ("zero3", "ring"), ("llama",)),
-    (4, ("fsdp", "tp"), ("one key head", "experts")),
+    (4, ("fsdp", "tp"), ("one key head", "experts", "hybrid")),
     (4, ("hsdp", "cp"), ("llama",)),
     (4, ("hsdp", "tp"), ("one key head",)),
     (4, ("hsdp", "pp"), ("llama",)),
@@ -194,7 +201,7 @@ CASES = [
     (4, ("fsdp", "pp"), ("windows",)),
     (4, ("fsdp", "ep"), ("experts",)),
     (4, ("tp", "cp"), ("windows", "experts")),
-    (4, ("tp", "pp"), ("windows", "experts")),
+    (4, ("tp", "pp"), ("windows", "experts", "hybrid")),
     (4, ("tp", "ep"), ("experts",)),
     slow(4, ("cp", "pp"), ("windows",)),  # as ring-zbv
     (4, ("ring", "zbv"), ("llama",)),

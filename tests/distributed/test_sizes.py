@@ -15,7 +15,7 @@ from toolkit.distributed.sizes import (
     tensor_degrees,
 )
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import TransformerConfig
 
 
@@ -75,6 +75,18 @@ def test_styles_of_context_parallelism_have_needs_of_their_own() -> None:
         check_sizes(Layout(cp=2, cp_config=ring), model(attention_soft_cap=50.0))
     with pytest.raises(ConfigError, match=r"ring does not know model.attention_sinks"):
         check_sizes(Layout(cp=2, cp_config=ring), model(attention_sinks=True))
+
+
+def test_ranks_share_heads_of_linear_attention_but_not_rows() -> None:
+    net = DeltaNetConfig(num_key_heads=6, num_value_heads=12, key_head_dim=4, value_head_dim=4)
+    hybrid = model(num_heads=12, attention_pattern=("linear", "full"), delta_net=net)
+    with pytest.raises(ConfigError, match=r"tp 4 does not divide model.delta_net.num_key_heads 6"):
+        check_sizes(Layout(tp=4, is_fsdp=True), hybrid)
+    check_sizes(Layout(tp=2, is_fsdp=True), hybrid)
+    for style in ("allgather", "ulysses", "ring"):
+        cp = ContextParallelConfig(degree=2, style=style)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"pass a state from token to token.*fsdp or tp_conf"):
+            check_sizes(Layout(cp=2, cp_config=cp), hybrid)
 
 
 def test_zero_does_not_keep_the_weights_of_an_ngpt() -> None:

@@ -248,3 +248,58 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """The same for mixtures of experts."""
+
+HYBRID: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 10,
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        },
+    ),
+    "olmo_hybrid_rope_biases_tied": (
+        "olmo_hybrid",
+        {
+            "layer_types": ["full_attention", "linear_attention"],
+            "linear_key_head_dim": 12,
+            "linear_conv_kernel_dim": 3,
+            "linear_allow_neg_eigval": False,
+            "linear_a_log_max": 4.0,
+            "linear_dt_min": 0.01,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            **rope(1000.0, **YARN),
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 5,
+            **rope(1000.0, partial_rotary_factor=0.5),
+        },
+    ),
+    "qwen3_5_biases_tied": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["full_attention", "linear_attention"],
+            "head_dim": 8,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""The same for models with linear attention."""

@@ -44,6 +44,7 @@ def their_config(model_type: str, **fields: Any) -> PreTrainedConfig:
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Weights large enough that every part matters, none at its trivial initial value."""
+    torch.manual_seed(0)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)

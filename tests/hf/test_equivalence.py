@@ -8,6 +8,7 @@ import pytest
 from toolkit.config import Config
 from toolkit.hf.choose import defining_values, differences
 from toolkit.models.architecture import (
+    DeltaNetConfig,
     LinearRopeConfig,
     Llama3RopeConfig,
     MoEConfig,
@@ -25,6 +26,12 @@ BASE = TransformerConfig(
     sliding_window=8,
     attention_pattern=("sliding", "full"),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=24, dense_layers=(0,)),
+)
+HYBRID = BASE.replace(
+    attention_pattern=("linear", "full"),
+    delta_net=DeltaNetConfig(
+        num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=8, norm_placement="pre"
+    ),
 )
 LINEAR = LinearRopeConfig(factor=2)
 LLAMA3 = Llama3RopeConfig(
@@ -79,6 +86,14 @@ CHANGED: dict[str, Any] = {
     "moe.normalize_top_k": False,
     "moe.shared_expert_intermediate_size": 8,
     "moe.dense_layers": (),
+    "delta_net.num_key_heads": 4,
+    "delta_net.num_value_heads": 2,
+    "delta_net.key_head_dim": 8,
+    "delta_net.value_head_dim": 4,
+    "delta_net.conv_kernel_size": 3,
+    "delta_net.allow_negative_eigenvalues": True,
+    "delta_net.norm_eps": 1e-5,
+    "delta_net.norm_placement": "reordered",
     "linear.factor": 3,
     "llama3.factor": 4,
     "llama3.low_freq_factor": 2,
@@ -106,6 +121,11 @@ NO_MATTER = {
     "init_std": "only training from scratch draws initial values",
     "init_scale_residual": "the same",
     "loss_chunk_size": "bounds memory; the sum is the same",
+    "delta_net": "without linear layers there are none; see delta_net.*",
+    "delta_net.min_decay_rate": "only training from scratch draws initial values",
+    "delta_net.max_decay_rate": "the same",
+    "delta_net.min_time_step": "the same",
+    "delta_net.max_time_step": "the same",
     "moe.load_balancing_multiplier": "a term of the training loss, not of the logits",
     "moe.router_z_loss_multiplier": "the same",
 }
@@ -120,6 +140,12 @@ def change(name: str, value: Any) -> tuple[TransformerConfig, TransformerConfig]
         scaling = SCALINGS[section]
         before = BASE.replace(rope_scaling=scaling)
         return before, before.replace(rope_scaling=scaling.replace(**{field: value}))
+    if section == "delta_net":
+        assert HYBRID.delta_net is not None
+        return HYBRID, HYBRID.replace(delta_net=HYBRID.delta_net.replace(**{field: value}))
+    if name == "delta_net":  # of a model too short for the linear layers of its pattern
+        before = HYBRID.replace(num_layers=1, attention_pattern=("full", "linear"), moe=None)
+        return before, before.replace(attention_pattern=("full",), delta_net=None)
     if name in NEEDS:
         before = BASE.replace(**NEEDS[name])
         return before, before.replace(**{field: value})
@@ -140,15 +166,15 @@ def test_another_value_of_a_field_is_a_difference(name: str) -> None:
 
 @pytest.mark.parametrize("name", NO_MATTER)
 def test_fields_that_do_not_matter_are_none(name: str) -> None:
-    config: Any = BASE.moe if name.startswith("moe.") else BASE
-    value = getattr(config, name.removeprefix("moe."))
-    before, after = change(name, not value if isinstance(value, bool) else (value or 1) * 2 + 1)
+    section, _, field = name.rpartition(".")
+    value = getattr({"": BASE, "moe": BASE.moe, "delta_net": HYBRID.delta_net}[section], field)
+    before, after = change(name, not value if isinstance(value, bool) else (value or 1) * 1.5)
     assert before != after
     assert not differences(before, after)
 
 
 def test_every_field_of_the_config_and_its_sections_is_in_one_of_the_two_lists() -> None:
-    sections = {"": TransformerConfig, "moe.": MoEConfig}
+    sections = {"": TransformerConfig, "moe.": MoEConfig, "delta_net.": DeltaNetConfig}
     sections |= {f"{name}.": type(scaling) for name, scaling in SCALINGS.items()}
     fields = {
         prefix + field.name

@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
 from toolkit.models import kernels, masks
+from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.masks import attention_backend, document_positions, document_starts
 
@@ -23,6 +24,12 @@ VARIANTS = [
     {"qk_norm": "full", "norm_placement": "reordered"},
     {"attention_gate": "elementwise", "attention_sinks": True, "rope_pattern": ("rope", "none")},
     {"norm_placement": "normalized", "num_key_value_heads": 2},
+    {
+        "attention_pattern": ("linear", "full"),
+        "delta_net": DeltaNetConfig(
+            num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=8
+        ),
+    },
     {"positions": "learned", "num_key_value_heads": 2, "norm_placement": "reordered"},
     "gpt",
 ]

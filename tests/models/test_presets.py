@@ -29,6 +29,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2_1B": ("Olmo2", _shape(2048, 16, 16, 8192, **_OLMO)),
     "olmo2_7B": ("Olmo2", _shape(4096, 32, 32, 11008, **_OLMO)),
     "olmo2_13B": ("Olmo2", _shape(5120, 40, 40, 13824, **_OLMO)),
+    "olmo_hybrid_7B": ("OlmoHybrid", _shape(3840, 32, 30, 11008, **_OLMO)),
     "olmo2_32B": ("Olmo2", _shape(5120, 64, 40, 27648, num_key_value_heads=8, **_OLMO)),
     "smollm2_135M": ("Llama", _shape(576, 30, 9, 1536, num_key_value_heads=3, **_SMOL)),
     "smollm2_360M": ("Llama", _shape(960, 32, 15, 2560, num_key_value_heads=5, **_SMOL)),

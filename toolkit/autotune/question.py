@@ -107,7 +107,7 @@ def work_of(model: Architecture, *, tokens: int, length: int, tp: int = 1) -> Wo
 
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in whole_model(model):
-        if name.startswith("blocks.") and len(shape) > 1:
+        if name.startswith("blocks.") and len(shape) > 1 and not name.endswith("_conv"):
             _, layer, rest = name.split(".", 2)
             layers.setdefault(layer, {})[rest.removesuffix(".weight")] = shape
     for matrices in layers.values():

@@ -37,7 +37,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LONGEST = 2048
 _SEQUENCES = 32
 _LARGE = 3_000_000_000
-_WITHOUT_DECAY = ("*norm*", "*bias", "embeddings.*")
+_WITHOUT_DECAY = ("*norm*", "*bias", "*_conv", "*.A_log", "embeddings.*")
 
 
 def convert_model(

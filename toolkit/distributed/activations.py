@@ -32,6 +32,7 @@ _OPERATORS = {
         "aten._scaled_dot_product_fused_attention_overrideable",
         "higher_order.flex_attention",
         "higher_order.inductor_compiled_code",
+        "toolkit.delta_scan",
     ),
     "matmuls": (
         "aten.mm",
@@ -42,7 +43,7 @@ _OPERATORS = {
     ),
 }
 """Operators whose results are kept, those of this torch: SDPA's, flex attention and what it was
-compiled to; the products of linear layers and experts."""
+compiled to, and the scan of linear attention; the products of linear layers and experts."""
 
 
 def set_memory_budget(config: ActivationCheckpointingConfig | None) -> None:

@@ -27,6 +27,7 @@ from toolkit.distributed.activations import (
 from toolkit.distributed.config import ActivationCheckpointingConfig, Float8Config
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.deepspeed_engine import DeepSpeedEngine
+from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.engine import BuildOptimizer, Engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.expert_parallel import apply_expert_parallel
@@ -45,6 +46,7 @@ from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.architecture import CompileMode
+from toolkit.models.delta_net import breaks_graphs
 from toolkit.models.init import InitSpec, canonical_parameters, init_spec
 from toolkit.models.parameters import QuantisedLayers
 from toolkit.models.quantised import quantise_layers, quantised_linears
@@ -138,6 +140,7 @@ def materialize(
     shards = model.shards if isinstance(model, Stages) else whole_specs(model)
     parts: list[Any] = model.modules_in_order() if isinstance(model, Stages) else [model]
     has_breaks = activation_offload or bool(breaks_in_blocks(layout))
+    has_breaks |= breaks_graphs(model, environment.device, compute_dtype(layout.precision))
     set_memory_budget(ac_config)
     for part in parts:
         _cut(part, environment, shards)

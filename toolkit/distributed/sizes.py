@@ -44,6 +44,12 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
             "columns unit vectors after each step; use ddp, fsdp or hsdp"
         )
         found.add(ConfigError(problem, key="model.norm_placement"))
+    if layout.cp > 1 and model.linear_layers:
+        problem = (
+            "linear layers (model.attention_pattern) pass a state from token to token, so ranks "
+            "cannot share rows; use fsdp or tp_config"
+        )
+        found.add(ConfigError(problem, key="train_module.cp_config"))
     if layout.ep > 1 and model.moe is None:
         problem = "the model has no experts (model.moe is null); leave ep_config out"
         found.add(ConfigError(problem, key="train_module.ep_config"))
@@ -220,6 +226,8 @@ def _tensor(degree: int, model: TransformerConfig, experts_are_sharded: bool) ->
         widths["model.moe.intermediate_size"] = moe.intermediate_size
     if moe is not None and moe.shared_expert_intermediate_size is not None:
         widths["model.moe.shared_expert_intermediate_size"] = moe.shared_expert_intermediate_size
+    if model.delta_net is not None:
+        widths["model.delta_net.num_key_heads"] = model.delta_net.num_key_heads
     for name, width in widths.items():
         if width % degree:
             return f"{name} {width}"

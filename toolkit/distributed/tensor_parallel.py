@@ -44,6 +44,7 @@ from toolkit.distributed.shards import ShardSpec
 from toolkit.distributed.shared_norm import shared_norm
 from toolkit.models.attention import Attention
 from toolkit.models.config import TransformerConfig
+from toolkit.models.delta_net import GatedDeltaNet
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard
@@ -83,7 +84,10 @@ def apply_tensor_parallel(
     cut = _Cut(model, group, shards)
     blocks: Any = model.blocks
     for block in blocks:
-        _share_attention(block.attention, cut)
+        if isinstance(block.attention, GatedDeltaNet):
+            _share_delta_net(block.attention, cut)
+        else:
+            _share_attention(block.attention, cut)
         if not block.has_experts:
             _share_feed_forward(block.feed_forward, cut)
             _exchange_rows(block.feed_forward, block.feed_forward.down, group)
@@ -111,7 +115,13 @@ def share_of_model(
             intermediate_size=width,
             shared_expert_intermediate_size=None if shared is None else shared // degree,
         )
+    net = config.delta_net
+    if net is not None:
+        net = net.replace(
+            num_key_heads=net.num_key_heads // degree, num_value_heads=net.num_value_heads // degree
+        )
     return config.replace(
+        delta_net=net,
         num_heads=config.num_heads // degree,
         num_key_value_heads=max(1, config.kv_heads // degree),
         head_dim=config.attention_head_dim,
@@ -200,6 +210,16 @@ def _share_attention(attention: Attention, cut: _Cut) -> None:
         ):
             if norm is not None:
                 _share_norm(norm, heads, cut)
+    _exchange_rows(attention, attention.output, cut.group)
+
+
+def _share_delta_net(attention: GatedDeltaNet, cut: _Cut) -> None:
+    """Each rank has some key heads with their value heads, and the states of these."""
+    for layer in ("query", "key", "value", "gate", "decay", "write"):
+        cut.output_channels(getattr(attention, layer))
+    for key in ("query_conv", "key_conv", "value_conv", "A_log", "dt_bias"):
+        cut.cut(attention, key, 0)
+    cut.input_channels(attention.output)
     _exchange_rows(attention, attention.output, cut.group)
 
 

@@ -4,14 +4,25 @@ same computation on the same weights."""
 import math
 from typing import Any
 
+import msgspec
+
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
+from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.config import ClassModelConfig, ModelConfig, TransformerConfig
 
 _SHOWN = 4
 _NO_MATTER = ("vocab_multiple", "init_std", "init_scale_residual", "loss_chunk_size")
 """Fields that decide neither weights nor logits; all others count."""
+
+
+_INITIAL_STATES = {
+    name: field.default
+    for name, field in ((f.name, f) for f in msgspec.structs.fields(DeltaNetConfig))
+    if name.startswith(("min_", "max_"))
+}
+"""Of linear attention: what only training from scratch looks at."""
 
 
 def hf_architecture(config: ModelConfig, model_type: str | None = None) -> str | None:
@@ -68,7 +79,11 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         for window, is_rotated in zip(windows, rotates, strict=True)
         if is_rotated
     )
-    has_rope = config.positions == "rope"
+    has_rope, linear = any(rotates), config.linear_layers
+    net = None
+    if config.delta_net is not None and linear:
+        placement = config.norm_placement_of(linear[0])
+        net = config.delta_net.replace(norm_placement=placement, **_INITIAL_STATES)
     has_dense = len(config.moe_layers) < config.num_layers
     # The terms of the training loss decide nothing here.
     alike = {"dense_layers": (), "load_balancing_multiplier": 0.0, "router_z_loss_multiplier": 0.0}
@@ -78,7 +93,7 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         "head_dim": config.attention_head_dim,
         "intermediate_size": config.intermediate_size if has_dense else None,
         "rotary_fraction": config.rotary_dim if has_rope else None,
-        "rope_pattern": rotates if has_rope else (),
+        "rope_pattern": rotates,
         "rope_theta, rope_scaling or sliding_rope_theta": frequencies if has_rope else (),
         "sliding_window or attention_pattern": windows,
         "attention_scale": config.attention_scale or config.attention_head_dim**-0.5,
@@ -86,6 +101,7 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         "qkv_bias": config.has_qkv_bias,
         "attention_output_bias": config.has_attention_output_bias,
         "feed_forward_bias": config.has_feed_forward_bias if has_dense else None,
+        "delta_net": net and (linear, net),
         "moe": config.moe and (config.moe_layers, config.moe.replace(**alike)),
     }
 

@@ -93,6 +93,9 @@ class Transform(NamedTuple):
     """Theirs to ours, undoing `join`."""
     transposed: bool = False
     """Theirs are kept as `(in, out)` (GPT-2's Conv1D)."""
+    cut_anywhere: bool = False
+    """Theirs are read together, whichever has how many of the rows: transformers (5.23) writes the
+    convolutions of OLMo-hybrid in equal parts."""
 
     def to_theirs(self, ours: Tensors) -> list[Tensor]:
         """Our tensors, in the order of the rule, as theirs."""
@@ -122,6 +125,17 @@ def joined(sizes: Sequence[int]) -> Transform:
     )
 
 
+def convolutions(sizes: Sequence[int], *, are_apart: bool) -> Transform:
+    """Depthwise convolutions, `(channels, 1, kernel_size)`, of ours without the 1: all in one, or
+    each by itself. `sizes`: channels of ours."""
+    one = joined(sizes)
+    return Transform(
+        lambda ours: [tensor[:, None] for tensor in (ours if are_apart else one.join(ours))],
+        lambda theirs: one.split([torch.cat(list(theirs))[:, 0]]),
+        cut_anywhere=are_apart,
+    )
+
+
 def neighbours(head_dim: int, rotary_dim: int) -> Transform:
     """Queries or keys whose rotation pairs channels 2 i and 2 i + 1 of a head, where ours pairs i
     and i + rotary_dim / 2 (GLM)."""
@@ -136,16 +150,16 @@ def neighbours(head_dim: int, rotary_dim: int) -> Transform:
     return Transform(lambda ours: moved(ours, order), lambda theirs: moved(theirs, back))
 
 
-def interleaved(num_heads: int) -> Transform:
-    """Query, key and value with as many heads each, head by head: the first head of each, then
-    the second of each (GPT-NeoX)."""
+def interleaved(num_heads: int, *, number: int = 3) -> Transform:
+    """A `number` of projections with as many heads each, head by head: the first head of each, then
+    the second of each (GPT-NeoX: query, key and value)."""
 
     def join(ours: Tensors) -> list[Tensor]:
         heads = [tensor.unflatten(0, (num_heads, -1)) for tensor in ours]
         return [torch.stack(heads, dim=1).flatten(0, 2)]
 
     def split(theirs: Tensors) -> list[Tensor]:
-        heads = theirs[0].unflatten(0, (num_heads, 3, -1))
+        heads = theirs[0].unflatten(0, (num_heads, number, -1))
         return [tensor.flatten(0, 1) for tensor in heads.unbind(1)]
 
     return Transform(join, split)
@@ -161,7 +175,8 @@ class Rule(NamedTuple):
 
 Modules = Mapping[str, str | tuple[str, ...]]
 """Modules, theirs -> ours. Theirs may hold several of ours in one, or, with `{}` in its name, be
-one of many experts that ours holds stacked. What a model of ours does not have is passed over."""
+one of many experts that ours holds stacked. Where ours is the name of a tensor, so is theirs, or
+several, with a space in between. What a model of ours does not have is passed over."""
 
 
 class Family(NamedTuple):
@@ -175,6 +190,8 @@ class Family(NamedTuple):
     """All fields of its config.json; later ones win."""
     block: Modules
     """Of each block, in the order of the state dict."""
+    linear_block: Modules = {}  # noqa: RUF012
+    """Of each block with linear attention."""
     first: Modules = {"model.embed_tokens": "embeddings.tokens"}  # noqa: RUF012 (nobody changes it)
     last: Modules = {"model.norm": "head.norm", "lm_head": "head"}  # noqa: RUF012
     """Before and after the blocks."""
@@ -190,6 +207,8 @@ class Family(NamedTuple):
     """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
     buffers: tuple[str, ...] = ()
     """Regular expressions over names of tensors that some files hold and the config implies."""
+    other_names: Mapping[str, str] = {}
+    """What modules are called in some files instead."""
     only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
 
@@ -206,7 +225,8 @@ class Family(NamedTuple):
         shapes = parameter_shapes(config)
         rules = list(self._rules(config, shapes, self.first))
         for n in range(config.num_layers):
-            rules += self._rules(config, shapes, self.block, f"blocks.{n}.", f"{self.layers}.{n}.")
+            block = self.linear_block if config.kind_of(n) == "linear" else self.block
+            rules += self._rules(config, shapes, block, f"blocks.{n}.", f"{self.layers}.{n}.")
         return [*rules, *self._rules(config, shapes, self.last)]
 
     def _rules(
@@ -224,6 +244,13 @@ class Family(NamedTuple):
                 experts = range(shapes[ours[0]][0])
                 names = tuple(f"{theirs_in}{theirs.format(n)}.weight" for n in experts)
                 yield Rule(ours, names, STACKED)
+            elif ours[0] in shapes:  # a tensor, not a module
+                is_convolution = ours[0].endswith("_conv")
+                names, transform = tuple(f"{theirs_in}{n}" for n in theirs.split(" ")), SAME
+                if is_convolution:
+                    sizes = [shapes[name][0] for name in ours]
+                    transform = convolutions(sizes, are_apart=len(names) > 1)
+                yield Rule(ours, names, transform)
             for kind in ("weight", "bias"):
                 names = tuple(f"{name}.{kind}" for name in ours)
                 if names[0] not in shapes:

@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class ImportPlan:
                 rule._replace(theirs=tuple(name.removeprefix(prefix) for name in rule.theirs))
                 for rule in self._rules
             ]
+        self._take_other_names(family.other_names)
         self._check_names()
         position = {name: n for n, name in enumerate(weights.tensors)}
         self._rules.sort(key=lambda rule: min(position[name] for name in rule.theirs))
@@ -104,6 +105,15 @@ class ImportPlan:
             tensor[torch.tensor(self._new_ids)] = mean.to(tensor.dtype)
         return tensor
 
+    def _take_other_names(self, others: Mapping[str, str]) -> None:
+        present = self._weights.tensors
+
+        def found(name: str) -> str:
+            renamed = (name.replace(module, other) for module, other in others.items())
+            return name if name in present else next((n for n in renamed if n in present), name)
+
+        self._rules = [rule._replace(theirs=tuple(map(found, rule.theirs))) for rule in self._rules]
+
     def _check_names(self) -> None:
         present, folder = self._weights.tensors, self._weights.folder
         wanted = [name for rule in self._rules for name in rule.theirs]
@@ -136,7 +146,12 @@ class ImportPlan:
             assert rule.transform is SAME, "rows of the vocabulary lie alike in all families"
             ours = [ours[0][: self._source_vocab]]
         theirs = []
-        for name, tensor in zip(rule.theirs, rule.transform.to_theirs(ours), strict=True):
+        wanted = rule.transform.to_theirs(ours)
+        if rule.transform.cut_anywhere:
+            rows = [self._weights.tensors[name].shape[:1].numel() for name in rule.theirs]
+            if sum(rows) == sum(len(tensor) for tensor in wanted):
+                wanted = list(torch.cat(wanted).split(rows))
+        for name, tensor in zip(rule.theirs, wanted, strict=True):
             stored = self._weights.tensors[name]
             if stored.shape != tensor.shape:
                 raise CheckpointError(

@@ -5,7 +5,7 @@ from typing import Literal
 from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive
 
-AttentionKind = Literal["full", "sliding"]
+AttentionKind = Literal["full", "sliding", "linear"]
 AttentionGate = Literal["none", "headwise", "elementwise"]
 AttentionBackend = Literal[
     "auto", "sdpa", "flex", "flash", "flash3", "cudnn", "efficient", "math"
@@ -50,6 +50,67 @@ class MoEConfig(Config, frozen=True, kw_only=True):
         check_not_negative(self, "load_balancing_multiplier", "router_z_loss_multiplier")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+
+
+class DeltaNetConfig(Config, frozen=True, kw_only=True):
+    """Layers of linear attention by the gated delta rule (Gated DeltaNet, Yang et al. 2024): in the
+    place of keys and values of all tokens before it, a head keeps one matrix of key_head_dim x
+    value_head_dim numbers. See `toolkit.models.delta_net`."""
+
+    num_key_heads: int
+    """Heads of queries and keys."""
+    num_value_heads: int
+    """Heads of values, a multiple of `num_key_heads`; consecutive ones share a key head."""
+    key_head_dim: int
+    """Width of one head of queries and keys."""
+    value_head_dim: int
+    """Width of one head of values."""
+    conv_kernel_size: int = 4
+    """Tokens that the short convolution of queries, keys and values sees: each and those right
+    before it."""
+    allow_negative_eigenvalues: bool = False
+    """Write strengths go up to 2 instead of 1, so that a step can turn what is kept along a key
+    around (Grazzi et al. 2024; OLMo-hybrid)."""
+    norm_eps: float = 1e-6
+    """Added to the variance in the norm of each head's output."""
+    norm_placement: Literal["pre", "reordered"] | None = None
+    """`norm_placement` of the blocks with such a layer (OLMo-hybrid: `pre`, its other blocks
+    `reordered`); null: as in the other blocks."""
+    min_decay_rate: float = 0.0
+    """Initial decay rates, exp(A_log), are uniform between this and `max_decay_rate`."""
+    max_decay_rate: float = 16.0
+    """See `min_decay_rate`."""
+    min_time_step: float = 0.001
+    """Initial time steps, softplus(dt_bias), are between this and `max_time_step`, uniform in their
+    logarithm."""
+    max_time_step: float = 0.1
+    """See `min_time_step`."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+            "conv_kernel_size", "norm_eps", "max_decay_rate", "min_time_step", "max_time_step",
+        )  # fmt: skip
+        check_not_negative(self, "min_decay_rate")
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"num_value_heads {self.num_value_heads} is not a multiple of num_key_heads "
+                f"{self.num_key_heads}"
+            )
+        for name in ("decay_rate", "time_step"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise ValueError(f"min_{name} {least} is more than max_{name} {most}")
+
+    @property
+    def key_width(self) -> int:
+        """Of all heads of queries, and of keys."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Of all heads of values."""
+        return self.num_value_heads * self.value_head_dim
 
 
 class LinearRopeConfig(Config, frozen=True, kw_only=True, tag_field="type", tag="linear"):
@@ -178,7 +239,10 @@ class Architecture(Config, frozen=True, kw_only=True):
     sliding_window: int | None = None
     """Keys that a query of a sliding layer sees: itself and those right before it; null: all."""
     attention_pattern: tuple[AttentionKind, ...] = ("sliding",)
-    """Kind of attention layer by layer, repeated to the last. Counts with `sliding_window`."""
+    """Kind of attention layer by layer, repeated to the last. `sliding` is `full` without a
+    `sliding_window`; `linear` is described by `delta_net`."""
+    delta_net: DeltaNetConfig | None = None
+    """Layers of kind `linear`; null: there are none."""
     attention_gate: AttentionGate = "none"
     """Multiply what attention reads by the sigmoid of a projection of its input, before its output
     projection: by one number per head or one per channel (Qiu et al. 2025; Qwen 3 Next)."""
@@ -279,12 +343,25 @@ class Architecture(Config, frozen=True, kw_only=True):
         dense = set(self.moe.dense_layers)
         return tuple(n for n in range(self.num_layers) if n not in dense)
 
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Layers with linear attention."""
+        return tuple(n for n in range(self.num_layers) if self.kind_of(n) == "linear")
+
+    def kind_of(self, layer: int) -> AttentionKind:
+        return self.attention_pattern[layer % len(self.attention_pattern)]
+
     def has_rope(self, layer: int) -> bool:
         """Whether this layer rotates queries and keys."""
         pattern = self.rope_pattern
-        return self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
+        is_rotated = self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
+        return is_rotated and self.kind_of(layer) != "linear"
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""
-        kind = self.attention_pattern[layer % len(self.attention_pattern)]
-        return self.sliding_window if kind == "sliding" else None
+        return self.sliding_window if self.kind_of(layer) == "sliding" else None
+
+    def norm_placement_of(self, layer: int) -> str:
+        net = self.delta_net if self.kind_of(layer) == "linear" else None
+        own = None if net is None else net.norm_placement
+        return own or self.norm_placement

@@ -127,6 +127,13 @@ class TransformerConfig(
             raise ValueError(f"rope needs an even head_dim, not {self.rotary_dim}{part}")
         if not self.attention_pattern:
             raise ValueError("attention_pattern: empty; name at least one kind, full or sliding")
+        if ("linear" in self.attention_pattern) != (self.delta_net is not None):
+            raise ValueError(
+                "attention_pattern: linear layers need delta_net, which says what they are made of"
+                if self.delta_net is None
+                else "delta_net: no layer is linear; name some in attention_pattern, such as "
+                '["linear", "linear", "linear", "full"]'
+            )
         if not self.rope_pattern:
             raise ValueError("rope_pattern: empty; name at least one kind, rope or none")
         if "none" in self.rope_pattern and self.positions != "rope":
@@ -135,7 +142,8 @@ class TransformerConfig(
             self._check_normalized()
         if self.norm_weight_offset and self.norm != "rms_norm":
             raise ValueError(f"norm_weight_offset goes with norm rms_norm, not {self.norm}")
-        if self.parallel_residual and self.norm_placement != "pre":
+        placements = {self.norm_placement, *map(self.norm_placement_of, self.linear_layers)}
+        if self.parallel_residual and placements != {"pre"}:
             raise ValueError("parallel_residual goes with norm_placement pre only")
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("shared_norm goes with parallel_residual only")

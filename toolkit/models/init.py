@@ -42,11 +42,15 @@ _SCALES = (".query_scale", ".key_scale", ".alpha", "head.scale")
 
 
 class InitSpec(NamedTuple):
-    kind: Literal["normal", "zeros", "ones", "constant"]
+    kind: Literal["normal", "zeros", "ones", "constant", "decay_rate", "time_step"]
+    """The last two: A_log and dt_bias of Gated DeltaNet, see `DeltaNetConfig`."""
     std: float = 0.0
     """Standard deviation before the cut (`normal`)."""
     value: float = 0.0
     """Of every element (`constant`)."""
+    low: float = 0.0
+    high: float = 0.0
+    """Of uniform numbers (`decay_rate`, `time_step`)."""
 
 
 def canonical_name(name: str) -> str:
@@ -78,8 +82,16 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
             specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[1]))
         elif name.endswith((".lora_B.weight", ".bias", ".sinks")):
             specs[name] = InitSpec("zeros")
+        elif name.endswith("attention.output_norm.weight"):
+            specs[name] = InitSpec("ones")
         elif name.endswith("norm.weight"):
             specs[name] = norm_weight
+        elif config.delta_net is not None and name.endswith("attention.A_log"):
+            net = config.delta_net
+            specs[name] = InitSpec("decay_rate", low=net.min_decay_rate, high=net.max_decay_rate)
+        elif config.delta_net is not None and name.endswith("attention.dt_bias"):
+            net = config.delta_net
+            specs[name] = InitSpec("time_step", low=net.min_time_step, high=net.max_time_step)
         elif name.endswith(_HIDDEN_SCALES):
             specs[name] = InitSpec("ones")
         elif name.endswith(_SCALES):
@@ -94,7 +106,7 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
 def width_factor(name: str, multiplier: float) -> float:
     """By what muP (see `toolkit.optim.scaling`) multiplies the standard deviation of the initial
     values of the parameter `name`, of a model `multiplier` times as wide as its base."""
-    if multiplier == 1.0 or name.startswith("embeddings."):
+    if multiplier == 1.0 or name.startswith("embeddings.") or name.endswith("_conv"):
         return 1.0
     is_output = name == "head.weight" or name.endswith(".router.weight")
     return 1.0 / (multiplier if is_output else math.sqrt(multiplier))
@@ -111,6 +123,8 @@ def fill_flat_(
             f"{name}: elements {start} to {start + out.numel()} of {numel} asked for, "
             f"into a tensor of shape {tuple(out.shape)}"
         )
+    if spec.kind in ("decay_rate", "time_step"):
+        return out.copy_(torch.from_numpy(_of_heads(seed, name, numel, spec))[start:][: len(out)])
     if spec.kind != "normal":
         return out.fill_({"zeros": 0.0, "ones": 1.0, "constant": spec.value}[spec.kind])
     position = start
@@ -151,6 +165,19 @@ def _normal_block(seed: int, name: str, block: int, length: int) -> np.ndarray:
 
 
 def _standard_normal(key: str, length: int) -> np.ndarray:
+    return _generator(key).standard_normal(length, dtype=np.float32)
+
+
+def _of_heads(seed: int, name: str, length: int, spec: InitSpec) -> np.ndarray:
+    """A number for each head, fp64."""
+    share = 1.0 - _generator(f"{seed}/{name}").random(length)  # above 0: its logarithm is finite
+    if spec.kind == "decay_rate":
+        return np.log(spec.low + (spec.high - spec.low) * share)
+    low, high = math.log(spec.low), math.log(spec.high)
+    step = np.exp(low + (high - low) * share)
+    return step + np.log(-np.expm1(-step))  # softplus of it is the step
+
+
+def _generator(key: str) -> np.random.Generator:
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
-    generator = np.random.Generator(np.random.SFC64(number))
-    return generator.standard_normal(length, dtype=np.float32)
+    return np.random.Generator(np.random.SFC64(number))

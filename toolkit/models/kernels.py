@@ -218,6 +218,27 @@ def liger_function() -> Any:
     return liger_fused_linear_cross_entropy
 
 
+def delta_rule_kernel(device_type: str, *, dtype: torch.dtype) -> Literal["fla", "chunks"]:
+    """How the gated delta rule is computed.
+
+    "fla": the Triton kernels of flash-linear-attention, where they are installed; they know no
+    fp32. "chunks": `toolkit.models.delta_rule`, any device and type.
+    """
+    fits = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "fla" if fits and fla_function() is not None else "chunks"
+
+
+@cache
+def fla_function() -> Any:
+    """The gated delta rule of flash-linear-attention (Yang & Zhang 2024); None where it is not
+    installed."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return chunk_gated_delta_rule
+
+
 def kernel_record(
     config: TransformerConfig,
     device: torch.device,
@@ -258,6 +279,15 @@ def kernel_record(
         if is_compiled and masked_backend is None and prefers_blocks(device.type, dtype):
             record["attention"] = masked = "blocks of queries"
     record["attention inside documents and windows"] = masked
+    if config.delta_net is not None:
+        kernel = delta_rule_kernel(device.type, dtype=dtype)
+        record["linear attention"] = {
+            "fla": "flash-linear-attention",
+            "chunks": "chunks of matrix products",
+        }[kernel]
+        if device.type == "cuda" and fla_function() is None:
+            advice = "pip install 'toolkit[fla]' for a fused kernel"
+            record["linear attention"] += f" ({advice})"
     if config.moe is not None:
         widths = (config.moe.intermediate_size, config.d_model)
         hardware = hardware_of(device.type, device.index)

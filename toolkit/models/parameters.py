@@ -14,7 +14,7 @@ from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig
-from toolkit.models.shapes import Shape, attended_keys, used_weights, whole_model
+from toolkit.models.shapes import Shape, mixing_flops, used_weights, whole_model
 from toolkit.models.shapes import flops_per_token as flops_of_all
 from toolkit.wording import count, prefixed
 
@@ -211,9 +211,8 @@ def flops_per_token(
             total -= 2 * used
         if int(block[1]) < lowest:
             total -= 2 * used
-    width = model.num_heads * model.attention_head_dim
-    keys = sum(attended_keys(model, layer, sequence_length) for layer in range(lowest))
-    return total - 8 * width * keys // sequence_length
+    mixing = sum(mixing_flops(model, layer, sequence_length) for layer in range(lowest))
+    return total - 2 * mixing // 3 // sequence_length
 
 
 def _first_block(name: str, num_layers: int) -> int:

@@ -28,6 +28,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "sliding_rope_theta": None,
     "sliding_window": None,
     "attention_pattern": ["sliding"],
+    "delta_net": None,
     "attention_gate": "none",
     "attention_sinks": False,
     "clip_qkv": None,
@@ -54,6 +55,12 @@ _OLMO2_LIKE: dict[str, Any] = _LLAMA_LIKE | {
     "rope_theta": 500_000.0,
 }
 
+_OLMO_HYBRID_LIKE: dict[str, Any] = _OLMO2_LIKE | {
+    "rope_theta": 10_000.0,
+    "rope_pattern": ["none"],
+    "attention_pattern": ["linear", "linear", "linear", "full"],
+}
+
 _QWEN3_LIKE: dict[str, Any] = _LLAMA_LIKE | {
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -76,6 +83,24 @@ def _sizes(
     vocab_multiple: int = 64,
 ) -> dict[str, Any]:
     return locals()
+
+
+def _delta_net(heads: int, key_head_dim: int) -> dict[str, Any]:
+    """OLMo-hybrid's: values twice as wide as keys."""
+    return {
+        "num_key_heads": heads,
+        "num_value_heads": heads,
+        "key_head_dim": key_head_dim,
+        "value_head_dim": 2 * key_head_dim,
+        "conv_kernel_size": 4,
+        "allow_negative_eigenvalues": True,
+        "norm_eps": 1e-5,
+        "norm_placement": "pre",
+        "min_decay_rate": 0.0,
+        "max_decay_rate": 16.0,
+        "min_time_step": 0.001,
+        "max_time_step": 0.1,
+    }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -139,6 +164,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "olmo2_32B": _OLMO2_LIKE
     | _sizes(100_278, 5_120, 64, 40, 27_648, 4_096, vocab_multiple=128)
     | {"num_key_value_heads": 8},
+    # allenai/Olmo-Hybrid-7B, and its proportions at the size of olmo2_190M.
+    "olmo_hybrid_7B": _OLMO_HYBRID_LIKE
+    | _sizes(100_278, 3_840, 32, 30, 11_008, 65_536, vocab_multiple=128)
+    | {"delta_net": _delta_net(30, 96)},
+    "olmo_hybrid_190M": _OLMO_HYBRID_LIKE
+    | _sizes(100_278, 768, 12, 12, 3_072, 4_096, vocab_multiple=128)
+    | {"delta_net": _delta_net(12, 48)},
     # allenai/OLMoE-1B-7B-0924, with its losses of the router (Muennighoff et al. 2024).
     "olmoe_1B_7B": _LLAMA_LIKE
     | _sizes(50_304, 2_048, 16, 16, 1_024, 4_096)
@@ -198,6 +230,8 @@ SOURCES: dict[str, str] = {
     "olmo2_7B": "allenai/OLMo-2-1124-7B",
     "olmo2_13B": "allenai/OLMo-2-1124-13B",
     "olmo2_32B": "allenai/OLMo-2-0325-32B",
+    "olmo_hybrid_7B": "allenai/Olmo-Hybrid-7B",
+    "olmo_hybrid_190M": "ours, in the proportions of allenai/Olmo-Hybrid-7B",
     "olmoe_1B_7B": "allenai/OLMoE-1B-7B-0924",
     "llama3_8B": "meta-llama/Meta-Llama-3-8B",
     "llama3_70B": "meta-llama/Meta-Llama-3-70B",

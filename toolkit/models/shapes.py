@@ -5,9 +5,11 @@ them against the built model.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from toolkit.models.architecture import Architecture
+from toolkit.models.architecture import Architecture, DeltaNetConfig
 
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
@@ -21,10 +23,11 @@ LEAST_CHUNK_ROWS = 256
 def whole_model(model: Architecture) -> Iterator[Named]:
     """What `Transformer` holds, in the order in which torch names it."""
     yield from _embeddings(model)
-    dense, sparse = list(_block(model, sparse=False)), list(_block(model, sparse=True))
-    with_experts = set(model.moe_layers)
-    for layer in range(model.num_layers):
-        for name, shape in sparse if layer in with_experts else dense:
+    kinds: dict[_Kind, list[Named]] = {}
+    for layer, kind in enumerate(_kinds(model)):
+        if kind not in kinds:
+            kinds[kind] = list(_block(model, kind))
+        for name, shape in kinds[kind]:
             yield f"blocks.{layer}.{name}", shape
     yield from _head(model)
 
@@ -45,9 +48,8 @@ def loss_chunk_rows(asked: int | None, padded_vocab_size: int, device_type: str)
 
 def num_parameters(model: Architecture) -> int:
     """Parameters of the built model, padding rows included."""
-    sparse = len(model.moe_layers)
-    blocks = sparse * _count(_block(model, sparse=True))
-    blocks += (model.num_layers - sparse) * _count(_block(model, sparse=False))
+    kinds = Counter(_kinds(model))
+    blocks = sum(number * _count(_block(model, kind)) for kind, number in kinds.items())
     return _count(_embeddings(model)) + blocks + _count(_head(model))
 
 
@@ -58,9 +60,7 @@ def num_non_embedding_parameters(model: Architecture) -> int:
 
 def num_active_parameters(model: Architecture) -> int:
     """Parameters that one token uses: of a mixture's routed experts, `top_k`."""
-    unused = sum(
-        math.prod(shape) - used_weights(model, shape) for _, shape in _block(model, sparse=True)
-    )
+    unused = sum(math.prod(shape) - used_weights(model, shape) for _, shape in _experts(model))
     return num_parameters(model) - unused * len(model.moe_layers)
 
 
@@ -76,28 +76,30 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     """Model FLOPs to train one token (forward and backward) in a sequence of that length.
 
     6 * (weights of the matrices that a token uses + vocab_size * d_model of the output head, tied
-    or not) + 12 * num_heads * head_dim * (keys that a token attends to, summed over layers).
+    or not) + 12 * num_heads * head_dim * (keys that a token attends to, summed over layers)
+    + 18 * value_heads * key_head_dim * value_head_dim * (layers with linear attention).
 
     Causal attention: a token attends to (sequence_length + 1) / 2 keys on average, and inside a
     sliding window of w to fewer; QK^T and PV are 2 FLOPs each per key and channel, and backward
-    costs twice forward. Lookup of embeddings, norms, biases and padding ids are not counted, nor is
-    anything that activation checkpointing computes twice.
+    costs twice forward. Linear attention: reading the state by the key and by the query, and
+    writing to it, are 2 FLOPs each per number of the state, as a step of the recurrence needs them;
+    what its computation in chunks does besides is not counted. Lookup of embeddings, norms, biases
+    and padding ids are not counted, nor is anything that activation checkpointing computes twice.
     """
-    sparse, matrices = len(model.moe_layers), model.vocab_size * model.d_model
-    for is_sparse, layers in ((True, sparse), (False, model.num_layers - sparse)):
-        block = (shape for _, shape in _block(model, sparse=is_sparse) if len(shape) > 1)
-        matrices += layers * sum(used_weights(model, shape) for shape in block)
-    keys = sum(attended_keys(model, layer, sequence_length) for layer in range(model.num_layers))
-    width = model.num_heads * model.attention_head_dim
-    return 6 * matrices + 12 * width * keys // sequence_length
+    matrices = model.vocab_size * model.d_model
+    for kind, number in Counter(_kinds(model)).items():
+        block = (shape for _, shape in _block(model, kind) if len(shape) > 1)
+        matrices += number * sum(used_weights(model, shape) for shape in block)
+    layers = range(model.num_layers)
+    mixing = sum(mixing_flops(model, layer, sequence_length) for layer in layers)
+    return 6 * matrices + mixing // sequence_length
 
 
 def block_flops_per_token(model: Architecture, layer: int, sequence_length: int) -> int:
     """What one block adds to `flops_per_token`."""
-    block = _block(model, sparse=layer in model.moe_layers)
+    block = _block(model, _kinds(model)[layer])
     matrices = sum(used_weights(model, shape) for _, shape in block if len(shape) > 1)
-    keys = attended_keys(model, layer, sequence_length)
-    return 6 * matrices + 12 * model.num_heads * model.attention_head_dim * keys // sequence_length
+    return 6 * matrices + mixing_flops(model, layer, sequence_length) // sequence_length
 
 
 def head_flops_per_token(model: Architecture) -> int:
@@ -105,8 +107,21 @@ def head_flops_per_token(model: Architecture) -> int:
     return 6 * model.vocab_size * model.d_model
 
 
+def mixing_flops(model: Architecture, layer: int, sequence_length: int) -> int:
+    """FLOPs, forward and backward, of attention between the tokens of a sequence of that length in
+    one layer, without its linear layers; a third of them forward."""
+    if model.kind_of(layer) == "linear" and (net := model.delta_net) is not None:
+        state = net.num_value_heads * net.key_head_dim * net.value_head_dim
+        return 18 * state * sequence_length
+    keys = attended_keys(model, layer, sequence_length)
+    return 12 * model.num_heads * model.attention_head_dim * keys
+
+
 def attended_keys(model: Architecture, layer: int, sequence_length: int) -> int:
-    """Keys that the queries of a sequence of that length attend to in one layer, all added up."""
+    """Keys that the queries of a sequence of that length attend to in one layer, all added up; none
+    in a layer with linear attention."""
+    if model.kind_of(layer) == "linear":
+        return 0
     window = min(model.window_of(layer) or sequence_length, sequence_length)
     # The first `window` queries see 1, 2, ..., window keys, all later ones see `window`.
     return window * (window + 1) // 2 + (sequence_length - window) * window
@@ -126,7 +141,62 @@ def _head(model: Architecture) -> Iterator[Named]:
     yield from _norm(model, "head.norm", model.d_model)
 
 
-def _block(model: Architecture, *, sparse: bool) -> Iterator[Named]:
+class _Kind(NamedTuple):
+    """What blocks may differ in."""
+
+    is_sparse: bool
+    is_linear: bool
+    placement: str
+
+
+def _kinds(model: Architecture) -> list[_Kind]:
+    """Of each block."""
+    sparse = set(model.moe_layers)
+    return [
+        _Kind(layer in sparse, model.kind_of(layer) == "linear", model.norm_placement_of(layer))
+        for layer in range(model.num_layers)
+    ]
+
+
+def _block(model: Architecture, kind: _Kind) -> Iterator[Named]:
+    width = model.d_model
+    yield from _delta_net(model) if kind.is_linear else _attention(model)
+    yield from _norm(model, "attention_norm", width)
+    if kind.is_sparse:
+        yield from _experts(model)
+    else:
+        bias = model.has_feed_forward_bias
+        yield from _feed_forward(model, "feed_forward", model.intermediate_size, bias=bias)
+    if not model.shared_norm:
+        yield from _norm(model, "feed_forward_norm", width)
+    if model.is_normalized:
+        yield "attention_step.alpha", (width,)
+        yield "feed_forward_step.alpha", (width,)
+    if kind.placement == "sandwich":
+        yield from _norm(model, "attention_output_norm", width)
+        yield from _norm(model, "feed_forward_output_norm", width)
+
+
+def _delta_net(model: Architecture) -> Iterator[Named]:
+    net, width = model.delta_net, model.d_model
+    if net is None:
+        return
+    heads = net.num_value_heads
+    for name, channels in _mixed_widths(net):
+        yield f"attention.{name}_conv", (channels, net.conv_kernel_size)
+    yield from (("attention.A_log", (heads,)), ("attention.dt_bias", (heads,)))
+    gates = (("gate", net.value_width), ("decay", heads), ("write", heads))
+    for name, rows in (*_mixed_widths(net), *gates):
+        yield f"attention.{name}.weight", (rows, width)
+    yield "attention.output_norm.weight", (net.value_head_dim,)
+    yield "attention.output.weight", (width, net.value_width)
+
+
+def _mixed_widths(net: DeltaNetConfig) -> tuple[tuple[str, int], ...]:
+    return (("query", net.key_width), ("key", net.key_width), ("value", net.value_width))
+
+
+def _attention(model: Architecture) -> Iterator[Named]:
     width, head = model.d_model, model.attention_head_dim
     query, key = model.num_heads * head, model.kv_heads * head
     if model.attention_sinks:
@@ -143,20 +213,6 @@ def _block(model: Architecture, *, sparse: bool) -> Iterator[Named]:
         per_head = model.qk_norm == "per_head"
         yield from _norm(model, "attention.query_norm", head if per_head else query)
         yield from _norm(model, "attention.key_norm", head if per_head else key)
-    yield from _norm(model, "attention_norm", width)
-    if sparse:
-        yield from _experts(model)
-    else:
-        bias = model.has_feed_forward_bias
-        yield from _feed_forward(model, "feed_forward", model.intermediate_size, bias=bias)
-    if not model.shared_norm:
-        yield from _norm(model, "feed_forward_norm", width)
-    if model.is_normalized:
-        yield "attention_step.alpha", (width,)
-        yield "feed_forward_step.alpha", (width,)
-    if model.norm_placement == "sandwich":
-        yield from _norm(model, "attention_output_norm", width)
-        yield from _norm(model, "feed_forward_output_norm", width)
 
 
 def _feed_forward(model: Architecture, name: str, inner: int, *, bias: bool) -> Iterator[Named]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolkit.models.attention import Attention
 from toolkit.models.config import GPTConfig, TransformerConfig
+from toolkit.models.delta_net import GatedDeltaNet, RowDocuments
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
@@ -37,9 +38,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         moe = config.moe if layer in config.moe_layers else None
-        self.placement = config.norm_placement
+        self.placement = config.norm_placement_of(layer)
         self.is_parallel = config.parallel_residual
-        self.attention = Attention(config)
+        is_linear = config.kind_of(layer) == "linear"
+        self.attention: nn.Module = GatedDeltaNet(config) if is_linear else Attention(config)
         self.residual_scale = config.residual_scale
         if not config.is_normalized:
             self.attention_norm = build_norm(config, config.d_model)
@@ -66,7 +68,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: RotaryTable | None,
-        mask: AttentionMask | None = None,
+        mask: Any = None,
         is_target: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
@@ -275,7 +277,8 @@ class LayerInputs(NamedTuple):
     rotary: RotaryTable | None
     """None where the layer has none."""
     mask: Any
-    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does."""
+    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does. Of
+    linear attention: `RowDocuments`, or None where each row is one."""
 
 
 MaskMaker = Callable[..., Callable[[int | None], Any]]
@@ -341,10 +344,14 @@ def layer_inputs(
     mask = masks(config, x, starts, seq)
     numbers = range(config.num_layers) if layers is None else layers
     has_two = config.sliding_rope_theta is not None
+    documents = None
+    if starts is not None and config.linear_layers:
+        documents = RowDocuments(starts, dtype=x.dtype)
+
     return [
         LayerInputs(
             rotary(window is not None and has_two) if config.has_rope(layer) else None,
-            mask(window),
+            documents if config.kind_of(layer) == "linear" else mask(window),
         )
         for layer, window in ((layer, config.window_of(layer)) for layer in numbers)
     ]

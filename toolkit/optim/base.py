@@ -9,7 +9,14 @@ from toolkit.config import Config
 from toolkit.config.base import check_not_negative, check_positive, matching
 from toolkit.config.check import convert
 from toolkit.errors import ConfigError, ErrorList
-from toolkit.optim.scaling import BLOCK_NAMES, MuPConfig, count_layers, layer_factor, mup_factor
+from toolkit.optim.scaling import (
+    BLOCK_NAMES,
+    UNDECAYED,
+    MuPConfig,
+    count_layers,
+    layer_factor,
+    mup_factor,
+)
 
 OPTIM_KEY = "train_module.optim"
 _NOT_SETTINGS = {
@@ -177,17 +184,21 @@ class Optimizer(Config, kw_only=True):
         """The groups of the parameters `names`, all of them trained, in a model of `layers`
         blocks."""
         patterns = [override.params for override in self.group_overrides]
-        members: dict[tuple[int, float, str], list[str]] = {}
+        members: dict[tuple[int, float, str, bool], list[str]] = {}
         for name in names:
             hits = (i for i, p in enumerate(patterns) if is_matched(name, p))
             override = next(hits, len(patterns))
-            key = override, self._rate_factor(name, layers), self.part_of(name)
+            is_spared = override == len(patterns) and name.endswith(UNDECAYED)
+            key = override, self._rate_factor(name, layers), self.part_of(name), is_spared
             members.setdefault(key, []).append(name)
         opts = [override.opts for override in self.group_overrides]
         changes = [{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()} for o in opts]
         found = []
-        for (index, factor, part), own in sorted(members.items(), key=lambda item: item[0]):
+        for key, own in sorted(members.items(), key=lambda item: item[0]):
+            index, factor, part, is_spared = key
             settings = {**self.settings_of(part), **[*changes, {}][index]}
+            if is_spared and "weight_decay" in settings:
+                settings["weight_decay"] = 0.0
             if factor != 1.0:
                 settings["lr"] *= factor
             found.append(Group(own, settings, index if index < len(patterns) else None))

@@ -19,6 +19,11 @@ from toolkit.config import Config
 from toolkit.config.base import check_positive
 
 BLOCK_NAMES = "blocks.N. in its name"
+UNDECAYED = tuple(
+    f".attention.{name}" for name in ("query_conv", "key_conv", "value_conv", "A_log", "dt_bias")
+)
+"""Ends of names: short convolutions and decays of linear attention, which weight decay leaves alone
+unless an override names them."""
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.(\d+)\.")
 
 
@@ -60,5 +65,6 @@ def mup_factor(name: str, mup: MuPConfig | None) -> float:
 
 
 def _is_of_fixed_fan_in(name: str) -> bool:
-    """Whether each element has as many inputs at any width: embeddings, norms and biases."""
-    return name.startswith("embeddings.") or name.endswith((".bias", "norm.weight"))
+    """Whether each element has as many inputs at any width: embeddings, norms, biases, and short
+    convolutions and decays of linear attention."""
+    return name.startswith("embeddings.") or name.endswith((".bias", "norm.weight", *UNDECAYED))

@@ -12,6 +12,7 @@ key-value heads to d_model.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from toolkit.errors import ConfigError
 from toolkit.models.config import TransformerConfig
@@ -90,7 +91,7 @@ def _of_shape(model: TransformerConfig, width: int, head: int, layers: int) -> T
     heads = max(1, round(channels * width / head))
     few = max(1, round(heads * model.kv_heads / model.num_heads))
     key_value = max(number for number in range(1, few + 1) if heads % number == 0)
-    changes = {}
+    changes: dict[str, Any] = {}
     if model.moe is not None:
         shared = model.moe.shared_expert_intermediate_size
         changes["moe"] = model.moe.replace(
@@ -100,6 +101,10 @@ def _of_shape(model: TransformerConfig, width: int, head: int, layers: int) -> T
             else _rounded(shared * factor, width),
             dense_layers=tuple(layer for layer in model.moe.dense_layers if layer < layers),
         )
+    if (net := model.delta_net) is not None:
+        keys = max(1, round(net.num_key_heads * factor))
+        values = keys * (net.num_value_heads // net.num_key_heads)
+        changes["delta_net"] = net.replace(num_key_heads=keys, num_value_heads=values)
     return model.replace(
         d_model=width,
         num_layers=layers,

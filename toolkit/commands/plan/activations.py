@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter
+from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.shapes import loss_chunk_rows
 
 _INDEX = 8
 """Bytes of an int64."""
+_CHUNK_SIZE = 64
+"""Of linear attention: `toolkit.models.delta_rule.CHUNK_SIZE`."""
 
 
 class Activations(NamedTuple):
@@ -38,7 +41,7 @@ class Activations(NamedTuple):
         return Activations(*(number * value for value in self))
 
 
-def block_activations(job: Job, *, sparse: bool) -> Activations:
+def block_activations(job: Job, *, sparse: bool, linear: bool = False) -> Activations:
     """Of a block that is not computed again."""
     model, size, tp = job.model, job.compute_bytes, job.layout.tp
     tokens, chunk = job.tokens, job.chunk_tokens
@@ -63,7 +66,7 @@ def block_activations(job: Job, *, sparse: bool) -> Activations:
     else:
         kept = _kept_widths(job) + (2 if model.is_normalized else 0)  # before their scales
         feed_forward += gathered + tokens * -(-model.intermediate_size // tp) * size * kept
-    attention = gathered + _attention(job)
+    attention = gathered + (_delta_net(job) if linear else _attention(job))
     return Activations(residual, attention, feed_forward)
 
 
@@ -79,7 +82,7 @@ def block_input(job: Job) -> float:
     return job.chunk_tokens * job.model.d_model * job.compute_bytes
 
 
-def saved_results(job: Job, *, sparse: bool) -> Activations:
+def saved_results(job: Job, *, sparse: bool, linear: bool = False) -> Activations:
     """Bytes of the results that a block keeps which is computed again but for them."""
     config, model, layout, size = job.ac_config, job.model, job.layout, job.compute_bytes
     if config is None or config.mode != "selected_ops":
@@ -89,6 +92,12 @@ def saved_results(job: Job, *, sparse: bool) -> Activations:
     query, key = heads * head, kv_heads * head
     # In the order in which a block computes them.
     attention = [query, key, key, model.d_model]
+    scores = query * size + heads * FP32
+    if linear and (net := _delta_net_of(job)) is not None:
+        attention = [net.key_width, net.key_width, net.value_width, net.value_width]
+        attention += [net.num_value_heads, net.num_value_heads, model.d_model]
+        # Corrections, and a state for each chunk.
+        scores = FP32 * net.value_width * (1 + net.key_head_dim / _chunk_size(job))
     inner = -(-model.intermediate_size // layout.tp)
     feed_forward = [inner] * (2 if model.is_gated else 1) + [model.d_model]
     if sparse:
@@ -99,7 +108,7 @@ def saved_results(job: Job, *, sparse: bool) -> Activations:
     for number, width in enumerate([*attention, *feed_forward]):
         if steps and number % steps[0] == 0:
             products[number >= len(attention)] += tokens * width * size
-    own = tokens * (query * size + heads * FP32) if "attention" in config.saved_ops else 0.0
+    own = tokens * scores if "attention" in config.saved_ops else 0.0
     return Activations(attention=products[0] + own, feed_forward=products[1])
 
 
@@ -131,6 +140,40 @@ def _attention(job: Job) -> float:
     if model.gate_width:
         kept += tokens * (query + model.gate_width // layout.tp) * size
     return kept
+
+
+def _delta_net_of(job: Job) -> DeltaNetConfig | None:
+    """What one rank has of linear attention."""
+    net, tp = job.model.delta_net, job.layout.tp
+    if net is None:
+        return None
+    return net.replace(
+        num_key_heads=net.num_key_heads // tp, num_value_heads=net.num_value_heads // tp
+    )
+
+
+def _chunk_size(job: Job) -> int:
+    return min(_CHUNK_SIZE, job.sequence_length)
+
+
+def _delta_net(job: Job) -> float:
+    """By chunks, the form that keeps more; kernels of flash-linear-attention keep queries, keys,
+    values and the chunks' inverses alone, and make the rest anew."""
+    net, size, chunk = _delta_net_of(job), job.compute_bytes, _chunk_size(job)
+    assert net is not None
+    heads, keys, values = net.num_value_heads, net.key_width, net.value_width
+    spread = heads * net.key_head_dim  # keys of each value head
+    # Before and after the convolutions; gate, its SiLU, output, its norm, and their product.
+    kept = size * (2 * (2 * keys + values) + 5 * values)
+    kept += FP32 * 3 * heads
+    # Queries and keys before and after they have length one.
+    kept += FP32 * 4 * (keys + net.num_key_heads)
+    # In chunks: values, corrections, what solves for both; keys and queries with their decays.
+    kept += FP32 * (3 * values + 3 * spread + 12 * heads)
+    # Pairs of tokens of a chunk.
+    kept += FP32 * chunk * (4 * heads + 2 * net.num_key_heads)
+    kept += FP32 * values * net.key_head_dim / chunk  # states
+    return job.tokens * kept
 
 
 def cp_style(layout: object) -> str:

@@ -13,7 +13,7 @@ from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import QuantisedLayers, TrainedParameters, flops_per_token
-from toolkit.models.shapes import Shape, attended_keys, used_weights
+from toolkit.models.shapes import Shape, mixing_flops, used_weights
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
 from toolkit.optim.muon_config import MATRICES
@@ -76,6 +76,11 @@ class Group(NamedTuple):
     repeated: int
     """Of `number`, those that activation checkpointing computes again."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether their attention is linear."""
+        return any(p.name == "attention.A_log" for p in self.parameters)
+
 
 class ModelParts:
     """The parameters of a model, block by block, and what they cost; told once for all layouts."""
@@ -113,12 +118,11 @@ class ModelParts:
             block: float(sum(2 * used_weights(model, p.shape) for p in block if len(p.shape) > 1))
             for block in kinds
         }
-        width = 4 * model.num_heads * model.attention_head_dim
         """FLOPs of one token forward in the matrix products of a block."""
         self.products = [self.products_of[self.blocks[n]] for n in range(model.num_layers)]
         """The same of each block in turn."""
         self.scores = [
-            width * attended_keys(model, n, sequence_length) / sequence_length
+            mixing_flops(model, n, sequence_length) / 3 / sequence_length
             for n in range(model.num_layers)
         ]
         """The same in attention's products of queries, keys and values."""

@@ -238,8 +238,9 @@ class _Blocks:
         groups = job.groups(stage)
         least = Activations(residual=block_input(job))
         for group, unit in zip(groups, fixed.blocks, strict=True):
-            whole = kept = block_activations(job, sparse=group.is_sparse)
-            saved = least + saved_results(job, sparse=group.is_sparse)
+            kind = {"sparse": group.is_sparse, "linear": group.is_linear}
+            whole = kept = block_activations(job, **kind)
+            saved = least + saved_results(job, **kind)
             if group.repeated:
                 again = max(again, whole.total - saved.total)
             elif job.ac_config is not None and job.ac_config.mode == "budget":

@@ -18,6 +18,7 @@ from toolkit.distributed.sizes import keeps_gathered, sharded_dimension
 from toolkit.models.config import TransformerConfig
 from toolkit.models.parameters import quantised_bytes
 from toolkit.models.shapes import Shape
+from toolkit.optim.scaling import UNDECAYED
 
 _LEAST, _BLOCK = 4096, 256
 """Values of the smallest parameter that `adamw_8bit` quantises, and those that share a scale."""
@@ -92,6 +93,8 @@ def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: 
     part, _, kind = name.rpartition(".")
     part = part.removesuffix(".lora_A").removesuffix(".lora_B")
     last = part.rpartition(".")[2]
+    if name.endswith(UNDECAYED):
+        return _cut(shape, 0, tp)
     if kind == "key_scale":
         return (max(shape[0] // tp, model.attention_head_dim),)
     if kind in ("sinks", "query_scale", "gate_scale", "up_scale"):
@@ -103,11 +106,22 @@ def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: 
         return _cut(shape, 1, tp) if cut_by_columns else shape
     if name.endswith("lora_A.weight"):
         return shape
+    if last in ("key", "value") and _is_of_delta_net(shape, model):
+        return _cut(shape, 0, tp)
     if last in ("key", "value") or (last == "key_norm" and model.qk_norm == "full"):
         return (max(shape[0] // tp, model.attention_head_dim), *shape[1:])
-    if last in ("query", "gate", "up") or (last == "query_norm" and model.qk_norm == "full"):
+    if last in ("query", "gate", "up", "decay", "write") or (
+        last == "query_norm" and model.qk_norm == "full"
+    ):
         return _cut(shape, 0, tp)
     return shape
+
+
+def _is_of_delta_net(shape: Shape, model: TransformerConfig) -> bool:
+    """Whether a projection to keys or values is of linear attention, by its rows."""
+    net = model.delta_net
+    rows = model.kv_heads * model.attention_head_dim
+    return net is not None and shape[0] != rows and shape[0] in (net.key_width, net.value_width)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:
@@ -120,7 +134,7 @@ def is_partial(name: str, local: Shape, shape: Shape, model: TransformerConfig, 
         return False
     last = name.rpartition(".")[0].rpartition(".")[2]
     is_of_keys = last in ("key", "value", "key_norm") or name.endswith("key_scale")
-    shared_heads = is_of_keys and model.kv_heads < tp
+    shared_heads = is_of_keys and model.kv_heads < tp and not _is_of_delta_net(shape, model)
     return local == shape or shared_heads
 
 
