@@ -27,6 +27,15 @@ ALIASES: dict[str, str] = {
         for theirs, ours in (("eval_interval", "interval"), ("eval_on_startup", "at_start"))
     },
     "init_seed": "seed",
+    "model.moe.router.top_k": "model.moe.top_k",
+    **{
+        f"model.moe.{place}{theirs}": f"model.moe.{ours}"
+        for place in ("", "router.")
+        for theirs, ours in (
+            ("gating_function", "score_function"),
+            ("bias_gamma", "bias_update_rate"),
+        )
+    },
 }
 """Dotted path -> ours."""
 
@@ -91,12 +100,17 @@ def implied(path: str, mode: Any) -> tuple[str, Any] | None:
 def _move(data: dict[str, Any], theirs: str, ours: str, path: str) -> None:
     """Rename a value of `data`, which lies at `path`."""
     *sections, name = theirs.removeprefix(f"{path}.").split(".")
-    container: Any = data
+    containers: list[Any] = [data]
     for section in sections:
-        container = container.get(section) if isinstance(container, dict) else None
+        outer = containers[-1]
+        containers.append(outer.get(section) if isinstance(outer, dict) else None)
+    container = containers[-1]
     if not isinstance(container, dict) or name not in container:
         return
     value = container.pop(name)
+    for section, outer in zip(reversed(sections), reversed(containers[:-1]), strict=True):
+        if not outer[section]:  # of which nothing else was given
+            del outer[section]
     if ours == _BUDGET:
         container.setdefault("mode", "budget")
     *sections, name = ours.removeprefix(f"{path}.").split(".")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import parameter_shapes
+from toolkit.models.shapes import state_shapes
 
 _REQUIRED: Any = object()
 _NOTED = ("drop", "noise")
@@ -147,7 +147,8 @@ class Rule(NamedTuple):
 
 Modules = Mapping[str, str | tuple[str, ...]]
 """Modules, theirs -> ours. Theirs may hold several of ours in one, or, with `{}` in its name, be
-one of many experts that ours holds stacked. What a model of ours does not have is passed over."""
+one of many experts that ours holds stacked. Where ours is the name of a tensor, so is theirs. What
+a model of ours does not have is passed over."""
 
 
 class Family(NamedTuple):
@@ -174,6 +175,8 @@ class Family(NamedTuple):
     """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
     buffers: tuple[str, ...] = ()
     """Regular expressions over names of tensors that some files hold and the config implies."""
+    passes_over_further_layers: bool = False
+    """Files may hold blocks after the last one, for multi-token prediction, which are not read."""
     only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
 
@@ -187,7 +190,7 @@ class Family(NamedTuple):
 
     def rules(self, config: TransformerConfig) -> list[Rule]:
         """All tensors of the state dict in the model's order; a tied head is left out."""
-        shapes = parameter_shapes(config)
+        shapes = state_shapes(config)
         rules = list(self._rules(config, shapes, self.first))
         for n in range(config.num_layers):
             rules += self._rules(config, shapes, self.block, f"blocks.{n}.", f"{self.layers}.{n}.")
@@ -208,6 +211,8 @@ class Family(NamedTuple):
                 experts = range(shapes[ours[0]][0])
                 names = tuple(f"{theirs_in}{theirs.format(n)}.weight" for n in experts)
                 yield Rule(ours, names, STACKED)
+            elif len(ours) == 1 and ours[0] in shapes:  # a tensor, not a module
+                yield Rule(ours, (f"{theirs_in}{theirs}",))
             for kind in ("weight", "bias"):
                 names = tuple(f"{name}.{kind}" for name in ours)
                 if names[0] not in shapes:

@@ -16,6 +16,10 @@ CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES = 32 << 20
 LEAST_CHUNK_ROWS = 256
 """See `loss_chunk_rows`."""
+MTP_PREFIX = "mtp."
+"""Of the names of all parameters of multi-token prediction."""
+_ROUTER, SCORE_BIAS = ".router.weight", ".router.score_bias"
+"""How the names of a router's tensors end."""
 
 
 def whole_model(model: Architecture) -> Iterator[Named]:
@@ -27,6 +31,19 @@ def whole_model(model: Architecture) -> Iterator[Named]:
         for name, shape in sparse if layer in with_experts else dense:
             yield f"blocks.{layer}.{name}", shape
     yield from _head(model)
+    for number in range(model.num_mtp_layers):
+        for name, shape in _mtp_layer(model):
+            yield f"{MTP_PREFIX}{number}.{name}", shape
+
+
+def state_shapes(model: Architecture) -> dict[str, Shape]:
+    """Name -> shape of all that a checkpoint holds of a model: its parameters, and the biases of
+    its routers, which no optimizer trains."""
+    named = dict(whole_model(model))
+    if model.moe is not None and model.moe.bias_update_rate is not None:
+        routers = [name for name in named if name.endswith(_ROUTER)]
+        named |= {n.removesuffix(_ROUTER) + SCORE_BIAS: named[n][:1] for n in routers}
+    return named
 
 
 def loss_chunk_rows(asked: int | None, padded_vocab_size: int, device_type: str) -> int:
@@ -48,6 +65,7 @@ def num_parameters(model: Architecture) -> int:
     sparse = len(model.moe_layers)
     blocks = sparse * _count(_block(model, sparse=True))
     blocks += (model.num_layers - sparse) * _count(_block(model, sparse=False))
+    blocks += model.num_mtp_layers * _count(_mtp_layer(model))
     return _count(_embeddings(model)) + blocks + _count(_head(model))
 
 
@@ -61,7 +79,7 @@ def num_active_parameters(model: Architecture) -> int:
     unused = sum(
         math.prod(shape) - used_weights(model, shape) for _, shape in _block(model, sparse=True)
     )
-    return num_parameters(model) - unused * len(model.moe_layers)
+    return num_parameters(model) - unused * model.num_routers
 
 
 def used_weights(model: Architecture, shape: Shape) -> int:
@@ -81,13 +99,18 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     Causal attention: a token attends to (sequence_length + 1) / 2 keys on average, and inside a
     sliding window of w to fewer; QK^T and PV are 2 FLOPs each per key and channel, and backward
     costs twice forward. Lookup of embeddings, norms, biases and padding ids are not counted, nor is
-    anything that activation checkpointing computes twice.
+    anything that activation checkpointing computes twice. Each module for multi-token prediction
+    counts as a block with its projection and another output head.
     """
     sparse, matrices = len(model.moe_layers), model.vocab_size * model.d_model
     for is_sparse, layers in ((True, sparse), (False, model.num_layers - sparse)):
         block = (shape for _, shape in _block(model, sparse=is_sparse) if len(shape) > 1)
         matrices += layers * sum(used_weights(model, shape) for shape in block)
-    keys = sum(attended_keys(model, layer, sequence_length) for layer in range(model.num_layers))
+    ahead = (shape for _, shape in _mtp_layer(model) if len(shape) > 1)
+    each = sum(used_weights(model, shape) for shape in ahead) + model.vocab_size * model.d_model
+    matrices += model.num_mtp_layers * each
+    layers = model.num_layers + model.num_mtp_layers
+    keys = sum(attended_keys(model, layer, sequence_length) for layer in range(layers))
     width = model.num_heads * model.attention_head_dim
     return 6 * matrices + 12 * width * keys // sequence_length
 
@@ -144,6 +167,16 @@ def _block(model: Architecture, *, sparse: bool) -> Iterator[Named]:
     if model.norm_placement == "sandwich":
         yield from _norm(model, "attention_output_norm", width)
         yield from _norm(model, "feed_forward_output_norm", width)
+
+
+def _mtp_layer(model: Architecture) -> Iterator[Named]:
+    width = model.d_model
+    yield from _norm(model, "embedding_norm", width)
+    yield from _norm(model, "hidden_norm", width)
+    yield from _linear("projection", width, 2 * width, bias=False)
+    for name, shape in _block(model, sparse=model.moe is not None):
+        yield f"block.{name}", shape
+    yield from _norm(model, "norm", width)
 
 
 def _feed_forward(model: Architecture, name: str, inner: int, *, bias: bool) -> Iterator[Named]:

@@ -183,9 +183,10 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     model, size, tp = job.model, job.compute_bytes, job.layout.tp
     width, rows = model.d_model, job.tokens
     columns = -(-model.padded_vocab_size // tp)
-    weight_grad = FP32 * columns * width if head.is_trained else 0
-    hidden_grad = rows * width * size
-    norm_input = job.chunk_tokens * (width * size + FP32)
+    times = 1 + model.num_mtp_layers
+    weight_grad = times * FP32 * columns * width if head.is_trained else 0
+    hidden_grad = times * rows * width * size
+    norm_input = times * job.chunk_tokens * (width * size + FP32)
     num_chunks, chunk = loss_chunks(job)
     is_padded = model.padded_vocab_size != model.vocab_size
     # Logits and their gradient in the compute type; where that is not fp32 or a compiled kernel

@@ -1,7 +1,7 @@
 """The architectures of `transformers` that we read and write. A new one: a file here and its name
 in `FAMILIES`."""
 
-from toolkit.hf.families import gpt, llama
+from toolkit.hf.families import glm, gpt, llama
 from toolkit.hf.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -19,5 +19,6 @@ FAMILIES: tuple[Family, ...] = (
     llama.MIXTRAL,
     llama.QWEN3_MOE,
     llama.OLMOE,
+    glm.GLM4_MOE,
 )
 """Where several can hold a model, the first is chosen."""

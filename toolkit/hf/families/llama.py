@@ -53,11 +53,11 @@ PROJECTIONS = {
     "mlp.down_proj": "feed_forward.down",
 }
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
-_QK_NORMS = {
+QK_NORMS = {
     "self_attn.q_norm": "attention.query_norm",
     "self_attn.k_norm": "attention.key_norm",
 }
-_EXPERTS = {
+EXPERTS = {
     "mlp.gate": "feed_forward.router",
     "mlp.experts.{}.gate_proj": "feed_forward.experts.gate",
     "mlp.experts.{}.up_proj": "feed_forward.experts.up",
@@ -117,7 +117,7 @@ QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     parts=(*SHARED, ROPE, *_QWEN_WINDOWS, HEAD_DIM, ATTENTION_BIAS, always(qk_norm="per_head")),
-    block=PROJECTIONS | PRE_NORMS | _QK_NORMS,
+    block=PROJECTIONS | PRE_NORMS | QK_NORMS,
 )
 
 
@@ -163,7 +163,7 @@ QWEN3_MOE = Family(
         Part(_read_switched_window, _write_switched_window),
         always(qk_norm="per_head"),
     ),
-    block=PROJECTIONS | _EXPERTS | PRE_NORMS | _QK_NORMS,
+    block=PROJECTIONS | EXPERTS | PRE_NORMS | QK_NORMS,
 )
 
 MIXTRAL = Family(
@@ -202,7 +202,7 @@ OLMOE = Family(
         experts(),
         always(qk_norm="full"),
     ),
-    block=PROJECTIONS | _EXPERTS | PRE_NORMS | _QK_NORMS,
+    block=PROJECTIONS | EXPERTS | PRE_NORMS | QK_NORMS,
 )
 
 
@@ -228,7 +228,7 @@ _OLMO = (
     always(norm_placement="reordered", qk_norm="full"),
 )
 _OLMO_NORMS = {
-    **_QK_NORMS,
+    **QK_NORMS,
     "post_attention_layernorm": "attention_norm",
     "post_feedforward_layernorm": "feed_forward_norm",
 }
@@ -304,7 +304,7 @@ GEMMA3_TEXT = Family(
         rope_by_kind(_GEMMA3_BASE),
         always(qk_norm="per_head"),
     ),
-    block=PROJECTIONS | _GEMMA_NORMS | _QK_NORMS,
+    block=PROJECTIONS | _GEMMA_NORMS | QK_NORMS,
     only_newer=partial(only_newer, sliding_base=_GEMMA3_BASE),
 )
 
