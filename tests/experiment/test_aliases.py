@@ -10,6 +10,7 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
 
 AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
+MOE = "model.moe"
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,10 @@ AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
         (["--trainer.save_folder=x", "--trainer.callbacks.checkpointer.save_interval=3"],
          ["--run.save_folder=x", "--trainer.callbacks.checkpointer.interval=3"]),
         (["--init_seed=7"], ["--seed=7"]),
+        ([f"--{MOE}={{num_experts: 4, intermediate_size: 8, "
+          "router: {top_k: 2, gating_function: sigmoid, bias_gamma: 0.01}}"],
+         [f"--{MOE}={{num_experts: 4, intermediate_size: 8, "
+          "top_k: 2, score_function: sigmoid, bias_update_rate: 0.01}"]),
         (["--train_module.optim.group_overrides=[{params: [embeddings.weight], opts: {}}]"],
          ["--train_module.optim.group_overrides=[{params: [embeddings.tokens.weight], opts: {}}]"]),
         (["--train_module.freeze=[embeddings.weight, lm_head.w_out.weight]"],

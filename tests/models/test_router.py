@@ -112,6 +112,19 @@ def test_biases_move_towards_an_even_load() -> None:
     assert biases[2].tolist() == [0.25, 0.25, 0.0, -0.25]
 
 
+def test_biases_even_out_the_load() -> None:
+    made, tokens = router(), torch.randn(300, WIDTH, dtype=torch.float64)
+    assert made.score_bias is not None
+    made.score_bias.zero_()
+    busiest = []
+    for _ in range(80):
+        load = torch.bincount(made(tokens).experts.flatten(), minlength=EXPERTS).double()
+        busiest.append((load.max() / load.mean()).item())
+        update_biases({0: made.score_bias}, load[None], torch.tensor(0.0), rate=0.01)
+    assert busiest[0] > 1.5
+    assert max(busiest[-5:]) < 1.2
+
+
 def test_balance_of_sigmoids_is_of_their_shares() -> None:
     logits = torch.randn(10, 5, dtype=torch.float64)
     experts = logits.topk(2, dim=-1).indices

@@ -111,14 +111,14 @@ def _move(data: dict[str, Any], theirs: str, ours: str, path: str) -> None:
     for section, outer in zip(reversed(sections), reversed(containers[:-1]), strict=True):
         if not outer[section]:  # of which nothing else was given
             del outer[section]
-    if ours == _BUDGET:
-        container.setdefault("mode", "budget")
     *sections, name = ours.removeprefix(f"{path}.").split(".")
     container = data
     for section in sections:
         container = container.setdefault(section, {})
         if not isinstance(container, dict):
             return  # which `resolve` names
+    if ours == _BUDGET:
+        container.setdefault("mode", "budget")
     if container.setdefault(name, value) != value:
         problem = f"{theirs} {shown(value)} and {ours} {shown(container[name])}"
         raise ConfigError(f"{problem}: two names of one value; give one", about=theirs)
