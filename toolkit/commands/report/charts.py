@@ -17,7 +17,7 @@ _MOST_CURVES = 40
 """In a chart, as of a model of many layers: evenly chosen ones beyond."""
 
 _SCHEDULED = ("weight_decay", "betas.", "global_batch_size", "sequence_length")
-_LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max")
+_LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max", "mtp_loss")
 _WORDS = {
     "loss": "Loss (nats per target)",
     "lr": "Learning rate",
