@@ -72,7 +72,7 @@ def test_loss_is_the_mean_of_the_modules_losses_over_the_models_targets() -> Non
         logits = (hidden @ made.head.weight.t())[..., :50].flatten(0, 1)
         losses.append(cross_entropy(logits, found, reduction="sum"))
         number += int((found != IGNORE_INDEX).sum())
-    assert sums.mtp.count == number
+    assert sums.mtp.num_targets == number
     assert number < 2 * int((labels != IGNORE_INDEX).sum())
     torch.testing.assert_close(sums.mtp.ce, sum(losses).detach(), rtol=1e-12, atol=0)
     expected = sums.ce + 0.5 * sum(losses) / 2

@@ -252,8 +252,9 @@ def _weight_files(folder: Path) -> tuple[list[str], int]:
 def _rounded(tensors: Iterable[tuple[str, Tensor]], dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
     """The weights as they are read back. A type of its own for each loses nothing."""
     for name, tensor in tensors:
-        is_one = isinstance(dtypes, torch.dtype)
-        yield name, tensor.to(type_on_disk(name, dtypes)) if is_one else tensor
+        if isinstance(dtypes, torch.dtype):
+            tensor = tensor.to(type_on_disk(name, dtypes))
+        yield name, tensor
 
 
 @contextlib.contextmanager

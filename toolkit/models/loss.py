@@ -55,7 +55,7 @@ class MTPSums(NamedTuple):
 
     ce: Tensor
     """Cross entropy, summed over modules too."""
-    count: Tensor
+    num_targets: Tensor
     """How many targets that are, int64."""
 
 

@@ -163,9 +163,9 @@ class TransformerTrainModule(EngineTrainModule):
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
         if sums.mtp is not None:
-            self._add_up(sums.mtp.count)
+            self._add_up(sums.mtp.num_targets)
             # Rows of two tokens have no target further ahead.
-            mtp_loss = sums.mtp.ce / sums.mtp.count.clamp(min=1)
+            mtp_loss = sums.mtp.ce / sums.mtp.num_targets.clamp(min=1)
             metrics["mtp_loss"] = Metric(mtp_loss, "sum")
         return metrics
 
