@@ -147,13 +147,17 @@ def trained_parameters(
     """All parameters, and which of them training changes: all, or with `lora` the adapters and what
     `train_also` names; but for those that `freeze` names by shell-style patterns, the adapters'
     among them. Raises ConfigError: a pattern matches nothing, or nothing is left to train."""
-    shapes = parameter_shapes(model, lora)
-    names, found = list(shapes), ErrorList()
+    found, shapes = ErrorList(), dict[str, Shape]()
     if lora is not None and model.moe is not None and model.moe.bias_update_rate:
         rate = (
             f"{model.moe.bias_update_rate:g} changes the base, which checkpoints of an adapter do"
         )
         found.add(ConfigError(f"{rate} not hold; set it to 0", key="model.moe.bias_update_rate"))
+    with found.collecting():
+        shapes = parameter_shapes(model, lora)
+    if not shapes:
+        found.raise_any()
+    names = list(shapes)
     trained = set(names)
     if lora is not None:
         trained = {name for name in names if is_adapter(name)}
