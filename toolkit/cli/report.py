@@ -6,7 +6,6 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import Registry, Root, argument, option
-from toolkit.config.paths import local_path
 from toolkit.wording import count, prefixed
 
 
@@ -36,7 +35,8 @@ def report(
       toolkit report first second third --out compare.html
       toolkit report first --png pictures --axis tokens
     """
-    page, pictures = local_path(out, "--out"), None if png is None else local_path(png, "--png")
+    page = commands.report.local_path(out, "--out")
+    pictures = None if png is None else commands.report.local_path(png, "--png")
     folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
     found = commands.report.read_report(folders)
     size = commands.report.write_html(found, page)
