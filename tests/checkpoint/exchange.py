@@ -137,6 +137,7 @@ VARIANTS = {
                 intermediate_size=5,
                 shared_expert_intermediate_size=7,
                 dense_layers=(0,),
+                bias_update_rate=0.01,
             ),
             "init_std": 0.1,
         },
@@ -145,7 +146,14 @@ VARIANTS = {
     EXPERTS: Variant(
         AdamWConfig(lr=1e-3),
         model={
-            "moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=6, dense_layers=(0,)),
+            "moe": MoEConfig(
+                num_experts=4,
+                top_k=2,
+                intermediate_size=6,
+                dense_layers=(0,),
+                score_function="sigmoid",
+                bias_update_rate=0.01,
+            ),
             "num_key_value_heads": 1,
             "tie_embeddings": True,
             "init_std": 0.1,

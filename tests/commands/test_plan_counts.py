@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},
     "ep": {"ep_config": EP, "model": EXPERTS},
+    "fsdp, mtp": {"engine": "fsdp", "model": {**EXPERTS, "num_mtp_layers": 2}},
     "pp": {"pp_config": PP, "passes": 4},
     "interleaved": {"pp_config": PP.replace(schedule="Interleaved1F1B"), "passes": 8},
     "muon": {"engine": "fsdp", "optim": MuonConfig(), "model": EXPERTS},

@@ -44,6 +44,14 @@ MOE = MoEConfig(num_experts=6, top_k=2, intermediate_size=40)
         ({"ep": 3, "dp_shard": 1, "dp_replicate": 3}, {"moe": MOE}, "1 rank .*leave ep_config out"),
         ({"ep": 3, "dp_shard": 2}, {}, "^train_module.ep_config: the model has no experts"),
         ({"ep": 2, "dp_shard": 2}, {}, "the model has no experts"),
+        *(
+            (
+                {axis: 2, "dp_shard": 2},
+                {"num_mtp_layers": 1},
+                f"num_mtp_layers: 1 does not go with train_module.{axis}_config; use fsdp, or set",
+            )
+            for axis in ("tp", "cp", "pp")
+        ),
     ],
 )
 def test_what_does_not_divide_is_named_with_what_would(

@@ -10,6 +10,7 @@ from toolkit.errors import ConfigError
 from toolkit.experiment.load import load_experiment
 
 AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
+MOE = "model.moe"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ AC, SCHEDULER = "train_module.ac_config", "train_module.scheduler"
         (["--train_module.attention_backend=torch"], ["--train_module.attention_backend=sdpa"]),
         (["--train_module.attention_backend=flash_3"],
          ["--train_module.attention_backend=flash3"]),
+        ([f"--{MOE}={{num_experts: 4, intermediate_size: 8, "
+          "router: {top_k: 2, gating_function: sigmoid, bias_gamma: 0.01}}"],
+         [f"--{MOE}={{num_experts: 4, intermediate_size: 8, "
+          "top_k: 2, score_function: sigmoid, bias_update_rate: 0.01}"]),
         (["--train_module.optim.group_overrides=[{params: [embeddings.weight], opts: {}}]"],
          ["--train_module.optim.group_overrides=[{params: [embeddings.tokens.weight], opts: {}}]"]),
         (["--train_module.freeze=[embeddings.weight, lm_head.w_out.weight]"],

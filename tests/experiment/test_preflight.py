@@ -11,6 +11,8 @@ from toolkit.checkpoint.commit import save_checkpoint
 from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.continuation import check_continuation
+from toolkit.experiment.same_model import check_model
+from toolkit.models.architecture import MoEConfig
 from toolkit.optim.config import AdamWConfig, SGDConfig
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 
@@ -65,6 +67,46 @@ def test_another_optimizer_is_refused_with_a_way_out(run: Path, tmp_path: Path) 
         check(run, optim=SGDConfig())
     weights = TrainerConfig(load_path=str(run), load_weights_only=True)
     assert check(tmp_path / "new", optim=SGDConfig(), trainer=weights) is None
+
+
+def test_experts_of_a_stored_run_are_compared_one_by_one() -> None:
+    """Fields that its release did not have are at their defaults; rates and weights may change."""
+    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=8)
+    new = moe.replace(bias_update_rate=0.01)
+
+    def compare(
+        saved: MoEConfig, asked: MoEConfig, *without: str, weights_only: bool = False
+    ) -> None:
+        stored, given = (msgspec.to_builtins(tiny_model(moe=own)) for own in (saved, asked))
+        for name in without:
+            del stored["moe"][name]
+        check_model("step1", stored, given, weights_only=weights_only)
+
+    compare(moe, moe, "score_function", "num_groups", "bias_update_rate")
+    compare(new, new.replace(bias_update_rate=0.0, load_balancing_multiplier=0.5))
+    compare(moe, new, weights_only=True)  # whose shapes are checked
+    for changed, named in (
+        (new, r"model.moe.bias_update_rate \(was None"),
+        (moe.replace(score_function="sigmoid"), r"moe.score_function \(was softmax, is sigmoid\)"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            compare(moe, changed, "score_function", "bias_update_rate")
+    dense, sparse = (msgspec.to_builtins(tiny_model(moe=own)) for own in (None, moe))
+    with pytest.raises(CheckpointError, match=r"model.moe \(was None, is experts\)"):
+        check_model("step1", dense, sparse, weights_only=False)
+
+
+def test_biases_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
+    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=8)
+    save_checkpoint(
+        tmp_path / "checkpoints", step=1, tokens=0, tensors=empty_weights(tiny_model(moe=moe)),
+        rank_state={}, engine="single", rank=0, group=None,
+        extra={"model": msgspec.to_builtins(tiny_model(moe=moe))},
+    )  # fmt: skip
+    weights = TrainerConfig(load_path=str(tmp_path), load_weights_only=True)
+    assert check(tmp_path / "new", trainer=weights, moe=moe) is None
+    with pytest.raises(CheckpointError, match=r"has no tensor model\..*router\.score_bias"):
+        check(tmp_path / "new", trainer=weights, moe=moe.replace(bias_update_rate=0.01))
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 5e5}, {"max_sequence_length": 64}])

@@ -246,6 +246,37 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
             **rope(1000.0, **YARN),
         },
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            "head_dim": 8,
+            "use_qk_norm": True,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "glm4_moe_groups_biases_dense_tied": (
+        "glm4_moe",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+            "num_mtp_layers": 0,
+            "tie_word_embeddings": True,
+            **rope(1000.0, partial_rotary_factor=1.0),
+        },
+    ),
 }
 """The same for mixtures of experts."""
 

@@ -25,7 +25,7 @@ BASE = TransformerConfig(
     intermediate_size=48,
     sliding_window=8,
     attention_pattern=("sliding", "full"),
-    moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=24, dense_layers=(0,)),
+    moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=24, dense_layers=(0,), num_groups=2),
 )
 HYBRID = BASE.replace(
     attention_pattern=("linear", "full"),
@@ -80,7 +80,7 @@ CHANGED: dict[str, Any] = {
     "attention_output_bias": True,
     "feed_forward_bias": True,
     "tie_embeddings": True,
-    "moe.num_experts": 5,
+    "moe.num_experts": 6,
     "moe.top_k": 3,
     "moe.intermediate_size": 20,
     "moe.normalize_top_k": False,
@@ -94,6 +94,11 @@ CHANGED: dict[str, Any] = {
     "delta_net.allow_negative_eigenvalues": True,
     "delta_net.norm_eps": 1e-5,
     "delta_net.norm_placement": "reordered",
+    "moe.score_function": "sigmoid",
+    "moe.scaling_factor": 2.0,
+    "moe.num_groups": 4,
+    "moe.top_k_groups": 2,
+    "moe.bias_update_rate": 0.0,
     "linear.factor": 3,
     "llama3.factor": 4,
     "llama3.low_freq_factor": 2,
@@ -128,6 +133,8 @@ NO_MATTER = {
     "delta_net.max_time_step": "the same",
     "moe.load_balancing_multiplier": "a term of the training loss, not of the logits",
     "moe.router_z_loss_multiplier": "the same",
+    "num_mtp_layers": "they predict in training alone, and exports leave them out",
+    "mtp_loss_multiplier": "a term of the training loss, not of the logits",
 }
 
 SCALINGS = {"linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}

@@ -6,15 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hf.fidelity import pair, their_config
+from tests.hf.fidelity import pair, tensors_of, their_config
 from toolkit.errors import CheckpointError
 from toolkit.hf.choose import misfits
+from toolkit.hf.compare import compare_with_transformers
+from toolkit.hf.export import export_hf
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.read_config import read_hf_config
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 
 QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "score_function": "sigmoid", "bias_update_rate": 0.001, "num_groups": 2, "scaling_factor": 2.5
+}  # fmt: skip
 OURS = TransformerConfig(
     vocab_size=64,
     d_model=32,
@@ -68,6 +73,34 @@ def test_what_is_not_covered_is_refused_by_name(
         read_hf_config(tmp_path)
 
 
+def test_heads_of_glm_are_passed_over_and_said(tmp_path: Path) -> None:
+    """Files of GLM 4.5 have blocks after the last one, which transformers does not load either."""
+    fields = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8,
+        "num_mtp_layers": 1,
+    }  # fmt: skip
+    theirs, _, read, _ = pair(their_config("glm4_moe", **fields), tmp_path)
+    state = theirs.state_dict()
+    state["model.layers.2.enorm.weight"] = torch.ones(36)
+    theirs.save_pretrained(tmp_path, state_dict=state)
+    assert read.config.num_mtp_layers == 0
+    assert sum("1" in note and "_layers" in note for note in read.notes) == 1
+    assert any("bias_update_rate" in note for note in read.notes)
+    assert tensors_of(read, tmp_path)["blocks.1.feed_forward.router.score_bias"].abs().max() > 0
+    state["model.layers.1.enorm.weight"] = torch.ones(36)
+    theirs.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.enorm\.weight is not in the"):
+        tensors_of(read, tmp_path)
+
+
+def test_exports_leave_multi_token_prediction_out(tmp_path: Path) -> None:
+    config = OURS.replace(num_mtp_layers=1)
+    state = config.build().state_dict()
+    exported = export_hf(config, state, tmp_path / "out")
+    assert exported.left_out == "1 module for multi-token prediction"
+    compare_with_transformers(tmp_path / "out", config, state.items(), all_used=True)
+
+
 def test_noise_of_the_original_router_is_noted(tmp_path: Path) -> None:
     their_config("mixtral", router_jitter_noise=0.1).save_pretrained(tmp_path)
     assert read_hf_config(tmp_path).notes == (
@@ -95,6 +128,11 @@ def test_families_that_can_hold_a_mixture(changes: dict[str, Any], fitting: list
     ("changes", "fitting"),
     [
         ({"dense_layers": (0,)}, ["qwen3_moe"]),
+        ({**DEEPSEEK, "shared_expert_intermediate_size": 48}, ["glm4_moe"]),
+        ({**DEEPSEEK, "shared_expert_intermediate_size": 36}, []),  # no whole number of experts
+        (DEEPSEEK, []),
+        ({**DEEPSEEK, "shared_expert_intermediate_size": 24, "dense_layers": (1,)}, []),
+        ({"score_function": "sigmoid", "shared_expert_intermediate_size": 24}, []),
         ({"normalize_top_k": False}, ["qwen3_moe"]),
         ({"shared_expert_intermediate_size": 8}, []),
     ],

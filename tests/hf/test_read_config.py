@@ -25,6 +25,8 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 KINDS = ("full_attention", "sliding_attention")
+SAID = {"glm4_moe": {"head_dim": 128}}
+"""What all released models say, where the defaults of the class make no whole heads."""
 
 
 def read(folder, **fields):
@@ -34,7 +36,7 @@ def read(folder, **fields):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_all_fields_of_every_class_are_read(family, tmp_path):
-    CONFIG_MAPPING[family.model_type]().save_pretrained(tmp_path)
+    CONFIG_MAPPING[family.model_type](**SAID.get(family.model_type, {})).save_pretrained(tmp_path)
     assert read_hf_config(tmp_path).family is family
 
 

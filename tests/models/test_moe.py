@@ -198,7 +198,10 @@ def test_a_row_without_targets_adds_nothing():
 def test_compiled_model_equals_eager_in_mixed_precision(monkeypatch):
     # Attention by the same kernel in both: others round otherwise, and choose other experts.
     monkeypatch.setattr("toolkit.models.blockwise.prefers_blocks", lambda *_: False)
-    config = moe_config(shared_expert_intermediate_size=8, dense_layers=()).replace(num_layers=1)
+    groups = {"num_experts": 6, "num_groups": 3, "top_k_groups": 2, "score_function": "sigmoid"}
+    config = moe_config(
+        shared_expert_intermediate_size=8, dense_layers=(), bias_update_rate=0.01, **groups
+    ).replace(num_layers=1, num_mtp_layers=1)
     eager, compiled = config.build(), config.build()
     # No code is generated: what is new here is what becomes part of the graph, and whole.
     compile_model(compiled, fullgraph=True, backend="aot_eager")

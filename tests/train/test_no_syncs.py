@@ -155,9 +155,17 @@ def test_a_step_of_experts_reads_nothing_back(
     monkeypatch.setattr(grouped, "grouped_backend", lambda *_: "grouped_mm")
     monkeypatch.setattr(grouped.kernels, "leaves_empty_groups_undefined", lambda _: True)
     monkeypatch.setattr(grouped, "grouped_mm", _grouped_mm)
-    experts = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
-    metrics = step(on_meta({"moe": experts}), batch(masked=True))
-    assert "expert_load_max" in metrics
+    experts = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        intermediate_size=16,
+        score_function="sigmoid",
+        num_groups=2,
+        bias_update_rate=0.01,
+    )
+    module = on_meta({"moe": experts, "num_mtp_layers": 1})
+    metrics = step(module, batch(masked=True, documents=True))
+    assert {"expert_load_max", "mtp_loss"} <= metrics.keys()
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:

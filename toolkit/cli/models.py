@@ -194,6 +194,8 @@ def export_hf(
         typer.echo(
             f"note: needs transformers 5: version 4 computes other logits ({exported.only_newer})"
         )
+    if exported.left_out is not None:
+        typer.echo(f"note: {exported.left_out} left out; logits are the same without")
     if not exported.has_tokenizer:
         typer.echo("no tokenizer is known for this model; --tokenizer FOLDER adds one")
     if push_to_hub is not None:

@@ -78,7 +78,7 @@ def ddp_options() -> "DistributedDataParallelKwargs":
         "static_graph": False,
         "mixed_precision": None,
         "init_sync": True,
-        # Nothing in a model changes but its parameters.
+        # Biases of routers, the only buffers that change, do so alike on every rank.
         "forward_sync_buffers": False,
         "skip_all_reduce_unused_params": False,
     }

@@ -21,7 +21,7 @@ from toolkit.distributed.whole_matrices import Held, WholeMatrices
 from toolkit.errors import ConfigError
 from toolkit.metrics.norms import layer_norms, layer_of
 from toolkit.models.init import canonical_parameters
-from toolkit.models.loss import LossSums
+from toolkit.models.loss import LossSums, MTPSums
 from toolkit.models.router import RouterSums
 from toolkit.optim.base import traits_of
 
@@ -258,7 +258,9 @@ def added_sums(parts: Sequence[LossSums]) -> LossSums:
         loss, ce, z = loss + part.loss, ce + part.ce, z + part.z
     routers = [part.router for part in parts if part.router is not None]
     stacked = [torch.stack(values).sum(0) for values in zip(*routers, strict=True)]
-    return LossSums(loss, ce, z, RouterSums(*stacked) if routers else None)
+    further = [part.mtp for part in parts if part.mtp is not None]
+    mtp = MTPSums(*(sum(values) for values in zip(*further, strict=True))) if further else None
+    return LossSums(loss, ce, z, RouterSums(*stacked) if routers else None, mtp)
 
 
 def check_whole_parameters(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:

@@ -21,12 +21,14 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
     ranks, over those that share the same ones."""
     layout, settings = environment.layout, environment.layout.dp_config
     blocks: Any = model.blocks
+    further: Any = list(model.mtp)  # type: ignore[arg-type]
     mesh = expert_mesh = environment.fsdp_mesh
     experts: list[Any] = []
     if layout.ep > 1:
         axes = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
         expert_mesh = environment.expert_mesh[axes]
-        experts = [block.feed_forward.experts for block in blocks if block.has_experts]
+        inner = [*blocks, *(layer.block for layer in further)]
+        experts = [block.feed_forward.experts for block in inner if block.has_experts]
     for module in model.modules():
         ranks = (expert_mesh if module in experts else mesh).size(-1)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -65,18 +67,22 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
 
     units: list[Any] = []
     kept: list[Any] = []
-    for number, block in enumerate(blocks, start=1):
-        parts: list[Any] = [block]
+    asked_ahead: list[Any] = []  # not what evaluations leave out
+    whole = [*blocks, *further]
+    for number, unit in enumerate(whole, start=1):
+        parts: list[Any] = [unit]
+        block = unit if number <= len(blocks) else unit.block
         if settings.wrapping_strategy == "fine_grained":
             parts += [block.attention, block.feed_forward]
         if experts and block.has_experts:
             parts.append(block.feed_forward.experts)
-        # Backward begins with the last block, which would be gathered again at once.
-        is_kept = keeps_all or number == len(blocks)
+        # Backward begins with the last one, which would be gathered again at once.
+        is_kept = keeps_all or number == len(whole)
         for part in reversed(parts):  # inner ones first
             over = expert_mesh if part in experts else mesh
             shard(part, over, reshard=not is_kept)
         units += parts
+        asked_ahead += parts if number <= len(blocks) else []
         kept += parts if is_kept else []
     head: Any = model.head
     if settings.wrapping_strategy != "blocks" and head is not None and head.weight is not None:
@@ -100,9 +106,9 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
     # Where the host waits for the numbers of tokens of experts it cannot ask for the next weights
     # before they are needed: the next block and its experts are asked for beforehand.
     ahead = settings.prefetch_factor or (2 if layout.ep > 1 else 0)
-    for index, unit in enumerate(units if ahead else ()):
-        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
-        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])
+    for index, unit in enumerate(asked_ahead if ahead else ()):
+        unit.set_modules_to_forward_prefetch(asked_ahead[index + 1 : index + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(asked_ahead[max(0, index - ahead) : index][::-1])
 
 
 def free_after_backward(model: nn.Module, *, frees: bool) -> None:

@@ -40,6 +40,7 @@ from toolkit.distributed.sizes import (
     Besides,
     breaks_in_blocks,
     check_combination,
+    check_mtp,
 )
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import apply_tensor_parallel
@@ -47,7 +48,12 @@ from toolkit.distributed.torch_engine import TorchEngine
 from toolkit.models import compile as compiling
 from toolkit.models.architecture import CompileMode
 from toolkit.models.delta_net import breaks_graphs
-from toolkit.models.init import InitSpec, canonical_parameters, init_spec
+from toolkit.models.init import (
+    InitSpec,
+    canonical_parameters,
+    init_spec,
+    initialize_buffers_,
+)
 from toolkit.models.parameters import QuantisedLayers
 from toolkit.models.quantised import quantise_layers, quantised_linears
 from toolkit.models.transformer import Transformer
@@ -73,6 +79,7 @@ def prepare_engine(
     see `init_spec`.
     """
     layout = environment.layout
+    check_mtp(layout, len(getattr(model, "mtp", ())))
     if layout.pp_config is not None:
         pipeline = plan_pipeline(model.config, layout.pp_config)  # type: ignore[arg-type]
         model = Stages(model, pipeline, layout.place(environment.rank)["pp"])  # type: ignore[arg-type]
@@ -152,7 +159,7 @@ def materialize(
         if compile_model and has_breaks:
             compiling.compile_model(part, inside_checkpoints=True, mode=compile_mode)
         if ac_config is not None:
-            apply_activation_checkpointing(part.blocks, ac_config)
+            apply_activation_checkpointing(part.all_blocks, ac_config)
         if activation_offload:
             apply_offload(part.blocks)
         if compile_model and not has_breaks:
@@ -171,6 +178,7 @@ def materialize(
         shard_fully(part, environment)
     if is_meta:
         model.to_empty(device=device)
+        initialize_buffers_(model)
         draw_initial_values(canonical_parameters(model), inits, shards, environment.seed)
         for name, layer in quantised_linears(model).items():  # whole ones, one at a time
             weight = torch.empty(layer.shape, device=device)
@@ -221,6 +229,7 @@ def _partition(
             return
         if inits:
             module.to_empty(device=environment.device, recurse=False)
+            initialize_buffers_(module)
             own = {name: getattr(module, key) for key, name in keys.items()}
             draw_initial_values(own, inits, shards, environment.seed)
         deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=torch.float32)

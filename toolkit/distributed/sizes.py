@@ -50,10 +50,20 @@ def check_sizes(layout: Layout, model: TransformerConfig) -> None:
             "cannot share rows; use fsdp or tp_config"
         )
         found.add(ConfigError(problem, key="train_module.cp_config"))
+    found.ask(check_mtp, layout, model.num_mtp_layers)
     if layout.ep > 1 and model.moe is None:
         problem = "the model has no experts (model.moe is null); leave ep_config out"
         found.add(ConfigError(problem, key="train_module.ep_config"))
     found.raise_any()
+
+
+def check_mtp(layout: Layout, number: int) -> None:
+    """Check that a model with `number` modules for multi-token prediction goes with what `layout`
+    cuts. Raises ConfigError."""
+    axes = [f"{axis}_config" for axis in ("tp", "cp", "pp") if getattr(layout, axis) > 1]
+    if number and axes:
+        problem = f"{number} does not go with train_module.{' and '.join(axes)}"
+        raise ConfigError(f"{problem}; use fsdp, or set it to 0", key="model.num_mtp_layers")
 
 
 class Besides(NamedTuple):

@@ -29,6 +29,15 @@ ALIASES: dict[str, str] = {
     "model.block.name": "model.norm_placement",
     "model.block.attention.gate.granularity": "model.attention_gate",
     "init_seed": "seed",
+    "model.moe.router.top_k": "model.moe.top_k",
+    **{
+        f"model.moe.{place}{theirs}": f"model.moe.{ours}"
+        for place in ("", "router.")
+        for theirs, ours in (
+            ("gating_function", "score_function"),
+            ("bias_gamma", "bias_update_rate"),
+        )
+    },
 }
 """Dotted path -> ours."""
 

@@ -18,7 +18,13 @@ from toolkit.experiment.load_checks import check_load_options
 from toolkit.experiment.same_model import check_model
 from toolkit.models.config import ModuleConfig
 from toolkit.models.lora import choose_trained
-from toolkit.models.parameters import TrainedParameters, is_adapter, is_trained
+from toolkit.models.parameters import (
+    ParameterInfo,
+    TrainedParameters,
+    is_adapter,
+    is_trained,
+)
+from toolkit.models.shapes import state_shapes
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.adapter_base import check_adapter
 from toolkit.train.matching import change_of_training, renamed
@@ -128,9 +134,12 @@ def _weights(config: ExperimentConfig, *, is_base: bool) -> dict[str, Any]:
     """Meta tensors of the weights that a checkpoint of this model holds, by their stored names; of
     an adapter's, those of its base or its own."""
     lora = config.train_module.lora
+    infos = _parameters(config).infos
+    shapes = state_shapes(config.model.to_transformer())
+    kept = {name: ParameterInfo(shapes[name], is_trained=False) for name in shapes.keys() - infos}
     return {
         f"{MODEL_PREFIX}{name}": info
-        for name, info in _parameters(config).infos.items()
+        for name, info in (infos | kept).items()
         if lora is None or (not is_adapter(name) if is_base else is_trained(name, lora))
     }
 

@@ -9,11 +9,14 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
-from toolkit.models.architecture import DeltaNetConfig
+from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import ClassModelConfig, ModelConfig, TransformerConfig
 
 _SHOWN = 4
-_NO_MATTER = ("vocab_multiple", "init_std", "init_scale_residual", "loss_chunk_size")
+_NO_MATTER = (
+    "vocab_multiple", "init_std", "init_scale_residual", "loss_chunk_size",
+    "num_mtp_layers", "mtp_loss_multiplier",
+)  # fmt: skip
 """Fields that decide neither weights nor logits; all others count."""
 
 
@@ -102,8 +105,13 @@ def defining_values(config: TransformerConfig) -> dict[str, Any]:
         "attention_output_bias": config.has_attention_output_bias,
         "feed_forward_bias": config.has_feed_forward_bias if has_dense else None,
         "delta_net": net and (linear, net),
-        "moe": config.moe and (config.moe_layers, config.moe.replace(**alike)),
+        "moe": config.moe and (config.moe_layers, config.moe.replace(**alike, **_rate(config.moe))),
     }
+
+
+def _rate(moe: MoEConfig) -> dict[str, float | None]:
+    """Whether experts have biases counts, not how fast those move."""
+    return {"bias_update_rate": None if moe.bias_update_rate is None else 0.0}
 
 
 def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:

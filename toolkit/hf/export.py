@@ -31,9 +31,10 @@ from toolkit.hf.source import (
     watched,
 )
 from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
-from toolkit.hf.write_weights import Dtypes, write_weights
+from toolkit.hf.write_weights import Dtypes, type_on_disk, write_weights
 from toolkit.models.config import LoRAConfig, ModelConfig
 from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
+from toolkit.wording import count
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Exported(NamedTuple):
     """Why it was not loaded and compared; None: it was."""
     only_newer: str | None = None
     """What of the model `transformers` before 5 computes otherwise; None: nothing."""
+    left_out: str | None = None
+    """What of the model, without which its logits are the same, the class has no place for."""
 
 
 def export_hf(
@@ -93,6 +96,10 @@ def export_hf(
     transformer = config.to_transformer()
     family = choose_family(transformer, model_type)
     check_unused(folder)
+    left_out = None
+    if transformer.num_mtp_layers:
+        left_out = f"{count(transformer.num_mtp_layers, 'module')} for multi-token prediction"
+        log.info("%s left out: %s computes logits without", left_out, family.architecture)
     dtypes = torch.float32 if dtype is None else dtype
     first = first_type(dtypes)
     type_name = str(first).removeprefix("torch.")
@@ -122,6 +129,7 @@ def export_hf(
             *_weight_files(unfinished),
             has_tokenizer=tokenizer_folder is not None,
             only_newer=family.only_newer(transformer),
+            left_out=left_out,
         )
 
 
@@ -244,7 +252,9 @@ def _weight_files(folder: Path) -> tuple[list[str], int]:
 def _rounded(tensors: Iterable[tuple[str, Tensor]], dtypes: Dtypes) -> Iterator[tuple[str, Tensor]]:
     """The weights as they are read back. A type of its own for each loses nothing."""
     for name, tensor in tensors:
-        yield name, tensor.to(dtypes) if isinstance(dtypes, torch.dtype) else tensor
+        if isinstance(dtypes, torch.dtype):
+            tensor = tensor.to(type_on_disk(name, dtypes))
+        yield name, tensor
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import parameter_shapes
+from toolkit.models.shapes import state_shapes
 
 _REQUIRED: Any = object()
 _NOTED = ("drop", "noise")
@@ -209,6 +209,8 @@ class Family(NamedTuple):
     """Regular expressions over names of tensors that some files hold and the config implies."""
     other_names: Mapping[str, str] = {}
     """What modules are called in some files instead."""
+    passes_over_further_layers: bool = False
+    """Files may hold blocks after the last one, for multi-token prediction, which are not read."""
     only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
 
@@ -222,7 +224,7 @@ class Family(NamedTuple):
 
     def rules(self, config: TransformerConfig) -> list[Rule]:
         """All tensors of the state dict in the model's order; a tied head is left out."""
-        shapes = parameter_shapes(config)
+        shapes = state_shapes(config)
         rules = list(self._rules(config, shapes, self.first))
         for n in range(config.num_layers):
             block = self.linear_block if config.kind_of(n) == "linear" else self.block

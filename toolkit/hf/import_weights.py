@@ -17,7 +17,7 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.family import SAME, Family, Rule
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import parameter_shapes
+from toolkit.models.shapes import state_shapes
 
 VOCABULARY = ("embeddings.tokens.weight", "head.weight")
 """Our tensors that have a row for each token id, and padding."""
@@ -68,7 +68,7 @@ class ImportPlan:
         self._check_names()
         position = {name: n for n, name in enumerate(weights.tensors)}
         self._rules.sort(key=lambda rule: min(position[name] for name in rule.theirs))
-        shapes = parameter_shapes(config)
+        shapes = state_shapes(config)
         filled = {name for rule in self._rules for name in rule.ours}
         if wrong := sorted(filled ^ shapes.keys()):
             raise CheckpointError(
@@ -127,7 +127,8 @@ class ImportPlan:
             untied = self._family.rules(self._config.replace(tie_embeddings=False))
             head = next((r.theirs[0] for r in untied if r.ours == (VOCABULARY[1],)), "")
         known = re.compile("|".join((re.escape(head), *self._family.buffers)))
-        unused = sorted(n for n in present.keys() - set(wanted) if not known.fullmatch(n))
+        left = (n for n in present.keys() - set(wanted) if not known.fullmatch(n))
+        unused = sorted(n for n in left if not self._is_of_further_layer(n))
         if unused:
             raise CheckpointError(
                 f"{folder}: {_some(unused)} not in the mapping of "
@@ -139,6 +140,13 @@ class ImportPlan:
                 f"{folder}: {head} differs from {embedding}, but config.json says "
                 "tie_word_embeddings true; set it to false to keep both"
             )
+
+    def _is_of_further_layer(self, name: str) -> bool:
+        """Whether it belongs to a block for multi-token prediction, after the last one."""
+        layers = re.escape(self._family.layers)
+        found = re.match(rf"(?:{layers}|{layers.removeprefix('model.')})\.(\d+)\.", name)
+        is_further = found is not None and int(found[1]) >= self._config.num_layers
+        return is_further and self._family.passes_over_further_layers
 
     def _check(self, rule: Rule, ours: list[Tensor]) -> list[torch.dtype]:
         """Shapes and types of their tensors; returns the types of ours."""

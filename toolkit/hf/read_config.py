@@ -175,6 +175,8 @@ def _normalised(raw: dict[str, Any], family: Family) -> tuple[Settings, frozense
         meaningful = (own | _BEYOND_THE_CLASS) - _NOT_OF_THE_MODEL
         values = {name: getattr(theirs, name) for name in meaningful if hasattr(theirs, name)}
         unknown = (vars(theirs).keys() & raw.keys()) - common - own - {"model_type"} - meaningful
+        # A field of the class may be kept under another name.
+        unknown -= {kept for name, kept in theirs.attribute_map.items() if name in own}
     ignored = [
         f"{name} {raw[name]}"
         for name in sorted(unknown)

@@ -39,6 +39,7 @@ from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.weights import HFWeights
 from toolkit.models.config import LoRAConfig, ModelConfig
+from toolkit.models.router import Router
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.registry import run_of_checkpoint
@@ -255,10 +256,15 @@ def filled_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """A model with `tensors` (our names, each once) as its weights, in evaluation mode. Raises
+    """A model with `tensors` (our names, each once) as its weights, in evaluation mode; biases of
+    routers are in fp32, whatever `dtype`. Raises
     CheckpointError for one that is missing, unknown or of another shape."""
-    model = config.build(init_device="meta").to(dtype).to_empty(device=device).eval()
-    missing = dict(model.named_parameters())
+    model = config.build(init_device="meta").to(dtype)
+    for module in model.modules():  # which experts are chosen does not depend on the type
+        if isinstance(module, Router) and module.score_bias is not None:
+            module.score_bias = module.score_bias.float()
+    model = model.to_empty(device=device).eval()
+    missing = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in tensors:
         parameter = missing.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:

@@ -24,7 +24,7 @@ from toolkit.hf.import_weights import VOCABULARY
 from toolkit.hf.weights import FLOATS
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_name
-from toolkit.models.parameters import parameter_shapes
+from toolkit.models.shapes import MTP_PREFIX, SCORE_BIAS, state_shapes
 from toolkit.storage.atomic import write_json_atomic
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -42,10 +42,10 @@ def write_weights(
     dtypes: Dtypes,
     max_shard_bytes: int,
 ) -> None:
-    """Write `tensors` (our names, whole) into `folder`. Raises CheckpointError: a tensor is
-    missing, unknown or of another shape."""
+    """Write `tensors` (our names, whole) into `folder`, but for those of multi-token prediction.
+    Raises CheckpointError: a tensor is missing, unknown or of another shape."""
     rules = family.rules(config)
-    shapes = parameter_shapes(config)
+    shapes = state_shapes(config)
     layout: dict[str, Tensor] = {}
     for rule in rules:
         meta = {
@@ -100,9 +100,15 @@ def _begin_file(file: BinaryIO, layout: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _dtype(dtypes: Dtypes, name: str) -> torch.dtype:
     if isinstance(dtypes, torch.dtype):
-        return dtypes
+        return type_on_disk(name, dtypes)
     # A name that is missing there will be missing among the tensors.
     return dtypes.get(name, torch.float32)
+
+
+def type_on_disk(name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of a tensor of ours where weights are written as `dtype`: biases of routers stay fp32,
+    as `transformers` keeps them, for a coarser one chooses other experts."""
+    return torch.float32 if name.endswith(SCORE_BIAS) else dtype
 
 
 def _converted(
@@ -117,6 +123,8 @@ def _converted(
     missing = set(rule_of)
     for wrapped_name, tensor in tensors:
         name = canonical_name(wrapped_name)
+        if name.startswith(MTP_PREFIX):
+            continue
         if name not in missing:
             raise CheckpointError(f"{name}: not a parameter of this model, or given twice")
         if tensor.shape != shapes[name]:

@@ -30,7 +30,23 @@ class MoEConfig(Config, frozen=True, kw_only=True):
     """Hidden width of one expert."""
     normalize_top_k: bool = True
     """Scale the weights of a token's experts to sum to one (Mixtral, Qwen 3). Off: they are the
-    softmax over all experts (OLMoE)."""
+    scores of all experts as they are (OLMoE)."""
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes the router's logits scores: a softmax over all experts, or a sigmoid of each
+    (DeepSeek-V3, 2024)."""
+    scaling_factor: float = 1.0
+    """Multiplies the weights of a token's experts (DeepSeek's routed_scaling_factor)."""
+    num_groups: int = 1
+    """Groups of consecutive experts. A token first chooses `top_k_groups` groups, and its experts
+    among theirs. A group's score is the sum of its two highest (DeepSeek-V3), with softmax its
+    highest (DeepSeek-V2)."""
+    top_k_groups: int = 1
+    """Groups of one token."""
+    bias_update_rate: float | None = None
+    """Balance experts without a loss (Wang et al. 2024): each has a bias, which is added to its
+    score when experts are chosen and never to their weights. After each optimizer step the bias
+    of every expert that got fewer target tokens of the global batch than the mean goes up by this,
+    of every one that got more goes down. 0: biases stay as they are; null: there are none."""
     shared_expert_intermediate_size: int | None = None
     """Hidden width of an expert that all tokens use besides the routed ones; null: none."""
     dense_layers: tuple[int, ...] = ()
@@ -45,11 +61,37 @@ class MoEConfig(Config, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_positive(
-            self, "num_experts", "top_k", "intermediate_size", "shared_expert_intermediate_size"
+            self, "num_experts", "top_k", "intermediate_size", "shared_expert_intermediate_size",
+            "scaling_factor", "num_groups", "top_k_groups",
+        )  # fmt: skip
+        check_not_negative(
+            self, "load_balancing_multiplier", "router_z_loss_multiplier", "bias_update_rate"
         )
-        check_not_negative(self, "load_balancing_multiplier", "router_z_loss_multiplier")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if self.num_experts % self.num_groups:
+            raise ValueError(
+                f"num_experts {self.num_experts} is not divisible by num_groups {self.num_groups}"
+            )
+        if self.top_k_groups > self.num_groups:
+            raise ValueError(
+                f"top_k_groups {self.top_k_groups} is more than num_groups {self.num_groups}"
+            )
+        if self.top_k > (reachable := self.top_k_groups * self.group_size):
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {reachable} experts of {self.top_k_groups} "
+                f"of {self.num_groups} groups; raise top_k_groups or lower top_k"
+            )
+        if self.num_groups > 1 and self.group_size == 1 and self.score_function == "sigmoid":
+            raise ValueError(
+                f"num_groups {self.num_groups} leaves one expert a group, of whose two highest "
+                "scores a group's is the sum; use fewer groups"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Experts of one group."""
+        return self.num_experts // self.num_groups
 
 
 class DeltaNetConfig(Config, frozen=True, kw_only=True):
@@ -281,6 +323,12 @@ class Architecture(Config, frozen=True, kw_only=True):
     init_scale_residual: bool = False
     """Divide `init_std` by sqrt(2 * num_layers) for the projections that write into the residual
     stream (GPT-2, Radford et al. 2019)."""
+    num_mtp_layers: int = 0
+    """Multi-token prediction (DeepSeek-V3, 2024, section 2.2): so many further blocks, of which
+    number k predicts the token k + 1 places ahead. They are for training alone: they continue the
+    layers' pattern, have experts where the model has any, and change no logits."""
+    mtp_loss_multiplier: float = 0.3
+    """Weight in the loss of the mean of their cross entropies."""
     loss_chunk_size: int | None = None
     """Most token rows per piece of the output head and loss; bounds the memory of logits. Default:
     as many as have 1 GiB of logits in fp32 (32 MiB on a CPU), but at least 256."""
@@ -356,6 +404,16 @@ class Architecture(Config, frozen=True, kw_only=True):
         pattern = self.rope_pattern
         is_rotated = self.positions == "rope" and pattern[layer % len(pattern)] == "rope"
         return is_rotated and self.kind_of(layer) != "linear"
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of this layer is a mixture of experts; of blocks for multi-token
+        prediction, which come after the last layer, too."""
+        return self.moe is not None and layer not in self.moe.dense_layers
+
+    @property
+    def num_routers(self) -> int:
+        """Layers with experts, and blocks for multi-token prediction that have some."""
+        return len(self.moe_layers) + (self.num_mtp_layers if self.moe is not None else 0)
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None: all before it."""

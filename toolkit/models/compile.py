@@ -39,7 +39,7 @@ def compile_model(
     options: dict[str, Any] = {"dynamic": False, "backend": backend}
     own: dict[str, Any] = {} if mode == "default" else {"mode": mode}
     parts: Any = model
-    for block in parts.blocks:
+    for block in (*parts.blocks, *(layer.block for layer in parts.mtp)):
         if inside_checkpoints:
             block.forward = torch.compile(block.forward, fullgraph=fullgraph, **options, **own)
         else:

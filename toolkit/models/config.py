@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from toolkit.config import Config, convert
-from toolkit.config.base import check_positive
+from toolkit.config.base import check_not_negative, check_positive
 from toolkit.config.named import named, users_object, users_subclass
 from toolkit.errors import ConfigError
 from toolkit.models import shapes
@@ -22,6 +22,7 @@ LARGEST: dict[str, int] = {
     "head_dim": 1 << 20,
     "intermediate_size": 1 << 24,
     "num_experts": 100_000,
+    "num_mtp_layers": 100,
     "max_sequence_length": 1 << 40,
 }
 """By the names of our configs."""
@@ -108,6 +109,7 @@ class TransformerConfig(
             "residual_scale", "logit_scale", "clip_qkv",
             "init_std", "loss_chunk_size",
         )  # fmt: skip
+        check_not_negative(self, "num_mtp_layers", "mtp_loss_multiplier")
         sizes = {name: getattr(self, name) for name in LARGEST if name != "num_experts"}
         check_sizes({**sizes, "num_experts": self.moe.num_experts if self.moe else None})
         if self.head_dim is None and self.d_model % self.num_heads:

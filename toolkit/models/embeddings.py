@@ -1,13 +1,19 @@
 """The two ends of the residual stream: from token ids, and to logits or the loss."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
-from toolkit.models.loss import LinearCrossEntropy, LossSums, soft_capped
+from toolkit.models.loss import (
+    IGNORE_INDEX,
+    LinearCrossEntropy,
+    LossSums,
+    MTPSums,
+    soft_capped,
+)
 from toolkit.models.norms import build_norm
 
 
@@ -58,6 +64,7 @@ class Head(nn.Module):
         self.vocab_size = config.vocab_size
         self.soft_cap = config.logit_soft_cap
         self.logit_scale = config.logit_scale
+        self.mtp_loss_multiplier = config.mtp_loss_multiplier
         self.norm: nn.Module
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
@@ -80,17 +87,39 @@ class Head(nn.Module):
         tied_weight: Tensor | None,
         *,
         z_loss_multiplier: float = 0.0,
+        further: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] | None = None,
     ) -> Tensor | LossSums:
-        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums."""
+        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums.
+
+        `further`, from the normed `x`: hidden states with their labels, of which this head predicts
+        too; see `toolkit.models.mtp`.
+        """
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
-        hidden = self.norm(x)
-        if self.logit_scale != 1.0:
-            hidden = hidden * self.logit_scale
+        normed = self.norm(x)
+        hidden = self._scaled(normed)
         if self.scale is not None:  # of the logits, which nobody has to write out for it
             weight = weight * (self.scale.to(weight.dtype) * self.scale_factor)[:, None]
         if labels is not None:
-            hidden, labels = hidden.flatten(0, 1), labels.flatten()
-            return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
+            sums = self.loss(
+                hidden.flatten(0, 1), weight, labels.flatten(), z_loss_multiplier=z_loss_multiplier
+            )
+            return sums if further is None else self._with(sums, weight, list(further(normed)))
         logits = self.project(hidden, weight)[..., : self.vocab_size]
         return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
+
+    def _with(
+        self, sums: LossSums, weight: Tensor, further: list[tuple[Tensor, Tensor]]
+    ) -> LossSums:
+        """The sums with the mean of the losses of `further`, weighted."""
+        count = sums.ce.new_zeros((), dtype=torch.int64)
+        loss = torch.zeros_like(sums.ce)
+        for hidden, labels in further:
+            rows = self._scaled(hidden).flatten(0, 1)
+            loss = loss + self.loss(rows, weight, labels.flatten()).loss
+            count = count + (labels != IGNORE_INDEX).sum()
+        total = sums.loss + loss * (self.mtp_loss_multiplier / len(further))
+        return sums._replace(loss=total, mtp=MTPSums(loss.detach(), count))

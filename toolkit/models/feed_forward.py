@@ -1,7 +1,7 @@
 """The position-wise half of a block: one feed-forward, or a mixture of experts.
 
 What happens to one token in a mixture:
-1. The router gives it a probability for every expert; the `top_k` likeliest are its own.
+1. The router gives it a score for every expert; the `top_k` highest are its own.
 2. All pairs of token and expert are sorted by expert, so that each expert's tokens lie together.
 3. Every expert computes its tokens, however many they are, in grouped matrix products.
 4. The pairs are brought back into the order of tokens, and each token's `top_k` results are added
@@ -23,7 +23,7 @@ from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.grouped import ends_for, grouped_linear
 from toolkit.models.projections import projected
-from toolkit.models.router import Choice, Router, RouterSums, router_sums
+from toolkit.models.router import Choice, Router, RouterSums, sums_for
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class MoE(nn.Module):
     def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.dispatch: Callable[..., Tensor] = dispatch
-        self.router_sums: Callable[..., RouterSums] = router_sums
+        self.router_sums: Callable[..., RouterSums] = sums_for(moe)
         self.router = Router(config.d_model, moe)
         self.experts = Experts(config, moe)
         self.shared: nn.Module | None = None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.normalized import lengthen_, squared_lengths, unit_dimension
+from toolkit.models.shapes import SCORE_BIAS
 
 BLOCK_SIZE = 2**20
 """Elements per independently drawn block."""
@@ -61,6 +62,14 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters of `model` by canonical name, in the model's order."""
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def initialize_buffers_(module: nn.Module) -> None:
+    """Fill what checkpoints hold besides parameters, biases of routers, with zeros. `module` may be
+    a router."""
+    for name, buffer in module.named_buffers():
+        if f".router.{name}".endswith(SCORE_BIAS):
+            buffer.zero_()
 
 
 def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, InitSpec]:
@@ -143,6 +152,7 @@ def initialize_(model: nn.Module, seed: int) -> None:
     """Fill all parameters of an unsharded `model` that has storage."""
     specs = init_spec(model)
     is_normalized = cast(TransformerConfig, model.config).is_normalized
+    initialize_buffers_(model)
     for name, parameter in canonical_parameters(model).items():
         flat, spec = parameter.view(-1), specs[name]
         fill_flat_(flat, name=name, numel=flat.numel(), start=0, spec=spec, seed=seed)

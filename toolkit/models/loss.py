@@ -50,17 +50,29 @@ def shift_labels(
     return labels
 
 
+class MTPSums(NamedTuple):
+    """Sums over the targets of all modules for multi-token prediction, 0-d, detached."""
+
+    ce: Tensor
+    """Cross entropy, summed over modules too."""
+    num_targets: Tensor
+    """How many targets that are, int64."""
+
+
 class LossSums(NamedTuple):
     """Sums over the target tokens of one forward, 0-d in fp32 (float64 for a float64 model)."""
 
     loss: Tensor
-    """Cross entropy + z_loss_multiplier * logsumexp^2 + routers' losses; differentiable."""
+    """Cross entropy + z_loss_multiplier * logsumexp^2 + losses of routers and of multi-token
+    prediction; differentiable."""
     ce: Tensor
     """Cross entropy alone, detached."""
     z: Tensor
     """logsumexp(logits)^2 without the multiplier, detached; 0 where the multiplier is 0."""
     router: RouterSums | None = None
     """Of a mixture of experts, detached. Its losses are part of `loss`."""
+    mtp: MTPSums | None = None
+    """Of multi-token prediction in training. Its loss is part of `loss`."""
 
 
 class VocabularyShard(NamedTuple):

@@ -14,7 +14,7 @@ from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig
-from toolkit.models.shapes import Shape, mixing_flops, used_weights, whole_model
+from toolkit.models.shapes import MTP_PREFIX, Shape, mixing_flops, used_weights, whole_model
 from toolkit.models.shapes import flops_per_token as flops_of_all
 from toolkit.wording import count, prefixed
 
@@ -147,8 +147,17 @@ def trained_parameters(
     """All parameters, and which of them training changes: all, or with `lora` the adapters and what
     `train_also` names; but for those that `freeze` names by shell-style patterns, the adapters'
     among them. Raises ConfigError: a pattern matches nothing, or nothing is left to train."""
-    shapes = parameter_shapes(model, lora)
-    names, found = list(shapes), ErrorList()
+    found, shapes = ErrorList(), dict[str, Shape]()
+    if lora is not None and model.moe is not None and model.moe.bias_update_rate:
+        rate = (
+            f"{model.moe.bias_update_rate:g} changes the base, which checkpoints of an adapter do"
+        )
+        found.add(ConfigError(f"{rate} not hold; set it to 0", key="model.moe.bias_update_rate"))
+    with found.collecting():
+        shapes = parameter_shapes(model, lora)
+    if not shapes:
+        found.raise_any()
+    names = list(shapes)
     trained = set(names)
     if lora is not None:
         trained = {name for name in names if is_adapter(name)}
@@ -199,17 +208,17 @@ def flops_per_token(
     lowest = min((_first_block(name, model.num_layers) for name in trained), default=0)
     head = "embeddings.tokens.weight" if model.tie_embeddings else "head.weight"
     if head not in trained or trained == {"head.weight"}:
-        total -= 2 * model.vocab_size * model.d_model
+        total -= 2 * model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
     for name, info in infos.items():
         block = _BLOCK.match(name)
-        if block is None or len(info.shape) < 2:
+        if not (block or name.startswith(MTP_PREFIX)) or len(info.shape) < 2:
             continue
         used = used_weights(model, info.shape)
         if is_adapter(name):
             total += 6 * used
         if not info.is_trained:
             total -= 2 * used
-        if int(block[1]) < lowest:
+        if block and int(block[1]) < lowest:
             total -= 2 * used
     mixing = sum(mixing_flops(model, layer, sequence_length) for layer in range(lowest))
     return total - 2 * mixing // 3 // sequence_length

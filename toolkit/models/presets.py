@@ -46,6 +46,8 @@ _LLAMA_LIKE: dict[str, Any] = {
     "tie_embeddings": False,
     "init_std": 0.02,
     "init_scale_residual": False,
+    "num_mtp_layers": 0,
+    "mtp_loss_multiplier": 0.3,
 }
 
 _OLMO2_LIKE: dict[str, Any] = _LLAMA_LIKE | {

@@ -18,6 +18,10 @@ CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES = 32 << 20
 LEAST_CHUNK_ROWS = 256
 """See `loss_chunk_rows`."""
+MTP_PREFIX = "mtp."
+"""Of the names of all parameters of multi-token prediction."""
+_ROUTER, SCORE_BIAS = ".router.weight", ".router.score_bias"
+"""How the names of a router's tensors end."""
 
 
 def whole_model(model: Architecture) -> Iterator[Named]:
@@ -30,6 +34,19 @@ def whole_model(model: Architecture) -> Iterator[Named]:
         for name, shape in kinds[kind]:
             yield f"blocks.{layer}.{name}", shape
     yield from _head(model)
+    for number in range(model.num_mtp_layers):
+        for name, shape in _mtp_layer(model, number):
+            yield f"{MTP_PREFIX}{number}.{name}", shape
+
+
+def state_shapes(model: Architecture) -> dict[str, Shape]:
+    """Name -> shape of all that a checkpoint holds of a model: its parameters, and the biases of
+    its routers, which no optimizer trains."""
+    named = dict(whole_model(model))
+    if model.moe is not None and model.moe.bias_update_rate is not None:
+        routers = [name for name in named if name.endswith(_ROUTER)]
+        named |= {n.removesuffix(_ROUTER) + SCORE_BIAS: named[n][:1] for n in routers}
+    return named
 
 
 def loss_chunk_rows(asked: int | None, padded_vocab_size: int, device_type: str) -> int:
@@ -50,6 +67,7 @@ def num_parameters(model: Architecture) -> int:
     """Parameters of the built model, padding rows included."""
     kinds = Counter(_kinds(model))
     blocks = sum(number * _count(_block(model, kind)) for kind, number in kinds.items())
+    blocks += sum(_count(_mtp_layer(model, number)) for number in range(model.num_mtp_layers))
     return _count(_embeddings(model)) + blocks + _count(_head(model))
 
 
@@ -61,7 +79,7 @@ def num_non_embedding_parameters(model: Architecture) -> int:
 def num_active_parameters(model: Architecture) -> int:
     """Parameters that one token uses: of a mixture's routed experts, `top_k`."""
     unused = sum(math.prod(shape) - used_weights(model, shape) for _, shape in _experts(model))
-    return num_parameters(model) - unused * len(model.moe_layers)
+    return num_parameters(model) - unused * model.num_routers
 
 
 def used_weights(model: Architecture, shape: Shape) -> int:
@@ -85,20 +103,27 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     writing to it, are 2 FLOPs each per number of the state, as a step of the recurrence needs them;
     what its computation in chunks does besides is not counted. Lookup of embeddings, norms, biases
     and padding ids are not counted, nor is anything that activation checkpointing computes twice.
+    Each module for multi-token prediction counts as a block with its projection and another output
+    head.
     """
-    matrices = model.vocab_size * model.d_model
+    matrices = model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
     for kind, number in Counter(_kinds(model)).items():
-        block = (shape for _, shape in _block(model, kind) if len(shape) > 1)
-        matrices += number * sum(used_weights(model, shape) for shape in block)
-    layers = range(model.num_layers)
+        matrices += number * _multiplied(model, _block(model, kind))
+    for number in range(model.num_mtp_layers):
+        matrices += _multiplied(model, _mtp_layer(model, number))
+    layers = range(model.num_layers + model.num_mtp_layers)
     mixing = sum(mixing_flops(model, layer, sequence_length) for layer in layers)
     return 6 * matrices + mixing // sequence_length
 
 
+def _multiplied(model: Architecture, named: Iterator[Named]) -> int:
+    """Weights of the matrices that a token uses."""
+    return sum(used_weights(model, shape) for _, shape in named if len(shape) > 1)
+
+
 def block_flops_per_token(model: Architecture, layer: int, sequence_length: int) -> int:
     """What one block adds to `flops_per_token`."""
-    block = _block(model, _kinds(model)[layer])
-    matrices = sum(used_weights(model, shape) for _, shape in block if len(shape) > 1)
+    matrices = _multiplied(model, _block(model, _kind(model, layer)))
     return 6 * matrices + mixing_flops(model, layer, sequence_length) // sequence_length
 
 
@@ -149,13 +174,15 @@ class _Kind(NamedTuple):
     placement: str
 
 
+def _kind(model: Architecture, layer: int) -> _Kind:
+    """Of one block; those for multi-token prediction come after the last layer."""
+    is_linear = model.kind_of(layer) == "linear"
+    return _Kind(model.has_experts(layer), is_linear, model.norm_placement_of(layer))
+
+
 def _kinds(model: Architecture) -> list[_Kind]:
     """Of each block."""
-    sparse = set(model.moe_layers)
-    return [
-        _Kind(layer in sparse, model.kind_of(layer) == "linear", model.norm_placement_of(layer))
-        for layer in range(model.num_layers)
-    ]
+    return [_kind(model, layer) for layer in range(model.num_layers)]
 
 
 def _block(model: Architecture, kind: _Kind) -> Iterator[Named]:
@@ -213,6 +240,16 @@ def _attention(model: Architecture) -> Iterator[Named]:
         per_head = model.qk_norm == "per_head"
         yield from _norm(model, "attention.query_norm", head if per_head else query)
         yield from _norm(model, "attention.key_norm", head if per_head else key)
+
+
+def _mtp_layer(model: Architecture, number: int) -> Iterator[Named]:
+    width = model.d_model
+    yield from _norm(model, "embedding_norm", width)
+    yield from _norm(model, "hidden_norm", width)
+    yield from _linear("projection", width, 2 * width, bias=False)
+    for name, shape in _block(model, _kind(model, model.num_layers + number)):
+        yield f"block.{name}", shape
+    yield from _norm(model, "norm", width)
 
 
 def _feed_forward(model: Architecture, name: str, inner: int, *, bias: bool) -> Iterator[Named]:

@@ -22,6 +22,7 @@ from toolkit.models.init import initialize_
 from toolkit.models.kernels import MaskedBackend
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_positions, document_starts
+from toolkit.models.mtp import MTPLayer, ahead
 from toolkit.models.normalized import NormalizedFeedForward, SphereStep
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        moe = config.moe if layer in config.moe_layers else None
+        moe = config.moe if config.has_experts(layer) else None
         self.placement = config.norm_placement_of(layer)
         self.is_parallel = config.parallel_residual
         is_linear = config.kind_of(layer) == "linear"
@@ -155,9 +156,19 @@ class Transformer(nn.Module):
             self.embeddings = Embeddings(config)
             self.blocks = Blocks({n: Block(config, n) for n in range(config.num_layers)})
             self.head = Head(config)
+            last = config.num_layers
+            ahead_of = range(last, last + config.num_mtp_layers)
+            self.mtp = nn.ModuleList(MTPLayer(config, Block(config, n)) for n in ahead_of)
         if init_device != "meta":
             self.to_empty(device=init_device)
             initialize_(self, seed)
+
+    @property
+    def all_blocks(self) -> Blocks:
+        """By number, with those for multi-token prediction, which come after the last layer."""
+        further = {self.config.num_layers + n: layer.block for n, layer in enumerate(self.mtp)}
+        own = dict(zip(self.blocks.layers, self.blocks, strict=True))
+        return Blocks(own | further)  # type: ignore[arg-type]
 
     def keep_layers(self, layers: range) -> None:
         """Make this the stage of a pipeline that has these layers; names of parameters stay.
@@ -165,6 +176,7 @@ class Transformer(nn.Module):
         The embeddings go with layer 0 and the head with the last one, which has the embeddings too
         where they are tied: a copy of their own, whose gradients the two stages must add up.
         """
+        assert not self.mtp, "a pipeline has no place for them"
         is_last = self.config.num_layers - 1 in layers
         self.blocks = Blocks({layer: self.blocks[layer] for layer in layers})
         if 0 not in layers:
@@ -233,18 +245,60 @@ class Transformer(nn.Module):
             x, sums = block(x, rotary, mask, is_target)
             if sums is not None:
                 routers.append(sums)
-        router = combine_layers(routers, len(config.moe_layers)) if routers else None
         if self.head is None:
-            return x, router
+            return x, combine_layers(routers, config.num_routers) if routers else None
         tied = None
         if config.tie_embeddings:
             assert self.embeddings is not None
             tied = self.embeddings.tokens.weight
-        result = self.head(x, labels, tied, z_loss_multiplier=z_loss_multiplier)
-        if config.moe is not None and router is not None:
+        further = None
+        if self.mtp and labels is not None and torch.is_grad_enabled():
+
+            def further(hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+                for part in self._predict_further(hidden, input_ids, labels, starts, positions):
+                    if part.router is not None:
+                        routers.append(part.router)
+                    yield part.hidden, part.labels
+
+        result = self.head(x, labels, tied, z_loss_multiplier=z_loss_multiplier, further=further)
+        if config.moe is not None and routers:
+            router = combine_layers(routers, config.num_routers)
             loss = result.loss + router_loss(router, config.moe)
             result = result._replace(loss=loss, router=router.detached())
         return result
+
+    def _predict_further(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        starts: Tensor | None,
+        positions: Tensor | None,
+    ) -> Iterator["Further"]:
+        """What the modules for multi-token prediction make of the last hidden state."""
+        first = self.config.num_layers
+        layers = range(first, first + len(self.mtp))
+        options: Any = {"layers": layers, "masks": self.masks}
+        inputs = layer_inputs(self.config, hidden, starts, positions, **options)
+        for distance, (layer, (rotary, mask)) in enumerate(
+            zip(self.mtp, inputs, strict=True), start=1
+        ):
+            assert self.embeddings is not None, "pipelines have no such modules"
+            next_ids, next_labels = ahead(input_ids, labels, starts, distance)
+            embedded = self.embeddings(next_ids, positions)
+            is_target = next_labels != IGNORE_INDEX
+            hidden, router = layer(embedded, hidden, rotary, mask, is_target)
+            yield Further(hidden, next_labels, router)
+
+
+class Further(NamedTuple):
+    """Of one module for multi-token prediction."""
+
+    hidden: Tensor
+    """`(batch, seq, d_model)`."""
+    labels: Tensor
+    """`(batch, seq)`: what the head is to predict of it."""
+    router: RouterSums | None
 
 
 class GPTModel(Transformer):

@@ -35,7 +35,7 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
     that of the weights."""
     matrices: tuple[str, ...] = ()
     """Shell-style patterns over names of parameters of two dimensions, or three (stacked matrices).
-    None: every weight in `blocks.*` that is no norm and no router of experts."""
+    None: every weight in `blocks.*` and `mtp.*` that is no norm and no router of experts."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW: decay of the first and second moment."""
     eps: float = 1e-8
@@ -84,7 +84,9 @@ class MuonConfig(Optimizer, kw_only=True, tag_field="type", tag="muon"):
             is_weight = name.endswith(".weight") and not name.endswith(
                 ("norm.weight", ".router.weight")
             )
-            is_matrix = name.startswith("blocks.") and (is_weight or is_matched(name, _EXPERTS))
+            is_matrix = name.startswith(("blocks.", "mtp.")) and (
+                is_weight or is_matched(name, _EXPERTS)
+            )
         return MATRICES if is_matrix else OTHERS
 
     def traits(self) -> OptimizerTraits:

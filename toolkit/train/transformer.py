@@ -6,6 +6,7 @@ each local sum is scaled by ranks / number where the engine averages gradients o
 1 / number where it adds them up.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
 from toolkit.models.attention import Attention
-from toolkit.models.init import canonical_parameters
+from toolkit.models.init import canonical_name, canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
@@ -38,12 +39,13 @@ from toolkit.models.parameters import (
     quantised_layers,
 )
 from toolkit.models.quantised import QuantisedLinear, quantised_linears
-from toolkit.models.router import RouterSums
+from toolkit.models.router import RouterSums, update_biases
 from toolkit.models.sdpa import choose_attention, masked_backend
+from toolkit.models.shapes import SCORE_BIAS
 from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
-from toolkit.train.module import Metric
+from toolkit.train.module import Metric, Progress
 from toolkit.train.stepping import EngineTrainModule
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,8 @@ class TransformerTrainModule(EngineTrainModule):
         if self.environment.is_main and is_said:
             log.info("kernels: %s", "; ".join(f"{k} by {v}" for k, v in self.kernels.items()))
         self._is_checked = False
+        self._load: torch.Tensor | None = None
+        """How often each router chose each expert for the targets of the last global batch."""
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         inputs = self._inputs(batch)
@@ -170,6 +174,11 @@ class TransformerTrainModule(EngineTrainModule):
             metrics["z_loss"] = Metric(z_loss * (sums.z / count), "sum")
         if sums.router is not None:
             metrics |= self._router_metrics(sums.router, count)
+        if sums.mtp is not None:
+            self._add_up(sums.mtp.num_targets)
+            # Rows of two tokens have no target further ahead.
+            mtp_loss = sums.mtp.ce / sums.mtp.num_targets.clamp(min=1)
+            metrics["mtp_loss"] = Metric(mtp_loss, "sum")
         return metrics
 
     def eval_batch(self, batch: Batch) -> EvalSums:
@@ -190,11 +199,9 @@ class TransformerTrainModule(EngineTrainModule):
     @property
     def blocks(self) -> dict[str, nn.Module | None]:  # type: ignore[override]
         """The model's blocks by name; None for those that another pipeline stage holds."""
-        module: Any = self.engine.module
-        parts = module.modules_in_order() if isinstance(module, Stages) else [module]
         own = {
             layer: block
-            for part in parts
+            for part in self._parts()
             for layer, block in zip(part.blocks.layers, part.blocks, strict=True)
         }
         number = self.model_config.to_transformer().num_layers
@@ -205,7 +212,7 @@ class TransformerTrainModule(EngineTrainModule):
         return flops_per_token(model, self._parameters, sequence_length)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        tensors, lora = self.engine.state_tensors(), self.config.lora
+        tensors, lora = self._whole_state(), self.config.lora
         if lora is None:
             return tensors
         return {
@@ -219,10 +226,9 @@ class TransformerTrainModule(EngineTrainModule):
             return {}
         layers = quantised_linears(self.engine.module).items()
         few = {f"{MODEL_PREFIX}{n}": torch.empty(x.shape, device="meta") for n, x in layers}
-        tensors = self.engine.state_tensors().items()
         return few | {
             key: tensor
-            for key, tensor in tensors
+            for key, tensor in self._whole_state().items()
             if key.startswith(MODEL_PREFIX) and not is_adapter(key)
         }
 
@@ -242,6 +248,41 @@ class TransformerTrainModule(EngineTrainModule):
             yield part
             for name in names:  # each goes before the next part comes
                 layers[name].fill_(part.pop(f"{MODEL_PREFIX}{name}"))
+
+    def optim_step(self, progress: Progress) -> dict[str, Metric]:
+        metrics = super().optim_step(progress)
+        moe = self.model_config.to_transformer().moe
+        if self._load is not None and self._biases and moe is not None and moe.bias_update_rate:
+            skipped = torch.as_tensor(metrics["skipped"].value)
+            biases = {self._row_of(name): bias for name, bias in self._biases.items()}
+            update_biases(biases, self._load, skipped, rate=moe.bias_update_rate)
+        return metrics
+
+    def _whole_state(self) -> dict[str, torch.Tensor]:
+        """What the engine holds, and the biases of routers."""
+        biases = {f"{MODEL_PREFIX}{name}": bias for name, bias in self._biases.items()}
+        return {**self.engine.state_tensors(), **biases}
+
+    @functools.cached_property
+    def _biases(self) -> dict[str, torch.Tensor]:
+        """Of this rank's routers, by canonical name."""
+        return {
+            canonical_name(name): buffer
+            for part in self._parts()
+            for name, buffer in part.named_buffers()
+            if name.endswith(SCORE_BIAS)
+        }
+
+    def _row_of(self, name: str) -> int:
+        """The row of a bias in `RouterSums.load`."""
+        kind, number, *_ = name.split(".")
+        layers = self.model_config.to_transformer().moe_layers
+        return layers.index(int(number)) if kind == "blocks" else len(layers) + int(number)
+
+    def _parts(self) -> list[Any]:
+        """The model, or this rank's stages of it."""
+        module: Any = self.engine.module
+        return module.modules_in_order() if isinstance(module, Stages) else [module]
 
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
@@ -286,6 +327,7 @@ class TransformerTrainModule(EngineTrainModule):
         relative to an even share."""
         balance, z, load = sums
         self._add_up(load)
+        self._load = load
         share = load.amax(-1) / load.sum(-1).clamp(min=1)
         return {
             "load_balancing_loss": Metric(balance / count, "sum"),

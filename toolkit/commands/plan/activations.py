@@ -97,7 +97,7 @@ def saved_results(job: Job, *, sparse: bool, linear: bool = False) -> Activation
         attention = [net.key_width, net.key_width, net.value_width, net.value_width]
         attention += [net.num_value_heads, net.num_value_heads, model.d_model]
         # Corrections, and a state for each chunk.
-        scores = FP32 * net.value_width * (1 + net.key_head_dim / _chunk_size(job))
+        scores = int(FP32 * net.value_width * (1 + net.key_head_dim / _chunk_size(job)))
     inner = -(-model.intermediate_size // layout.tp)
     feed_forward = [inner] * (2 if model.is_gated else 1) + [model.d_model]
     if sparse:
@@ -172,7 +172,7 @@ def _delta_net(job: Job) -> float:
     kept += FP32 * (3 * values + 3 * spread + 12 * heads)
     # Pairs of tokens of a chunk.
     kept += FP32 * chunk * (4 * heads + 2 * net.num_key_heads)
-    kept += FP32 * values * net.key_head_dim / chunk  # states
+    kept += FP32 * values * net.key_head_dim // chunk  # states
     return job.tokens * kept
 
 
@@ -234,9 +234,10 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     model, size, tp = job.model, job.compute_bytes, job.layout.tp
     width, rows = model.d_model, job.tokens
     columns = -(-model.padded_vocab_size // tp)
-    weight_grad = FP32 * columns * width if head.is_trained else 0
-    hidden_grad = rows * width * size
-    norm_input = job.chunk_tokens * (width * size + FP32)
+    times = 1 + model.num_mtp_layers
+    weight_grad = times * FP32 * columns * width if head.is_trained else 0
+    hidden_grad = times * rows * width * size
+    norm_input = times * job.chunk_tokens * (width * size + FP32)
     num_chunks, chunk = loss_chunks(job)
     is_padded = model.padded_vocab_size != model.vocab_size
     # Logits and their gradient in the compute type; where that is not fp32 or a compiled kernel

@@ -19,6 +19,7 @@ from toolkit.optim.config import ClassOptimConfig, SGDConfig
 from toolkit.optim.muon_config import MATRICES
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_AHEAD = re.compile(r"mtp\.(\d+)\.(.+)")
 FP32 = 4
 FACTORED, QUANTISED, BY_ROWS = "adafactor", "adamw_8bit", "normuon"
 
@@ -96,7 +97,9 @@ class ModelParts:
         """`optim` says which matrices are Muon's; None: none."""
         self.parameters, self.quantised = parameters, quantised
         self._model = model
-        found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
+        first_ahead = model.num_layers
+        num_blocks = model.num_layers + model.num_mtp_layers
+        found: dict[int, list[Parameter]] = {n: [] for n in range(num_blocks)}
         outside = []
         for name, info in parameters.infos.items():
             by_muon = optim is not None and info.is_trained and optim.part_of(name) == MATRICES
@@ -106,28 +109,31 @@ class ModelParts:
                     few = quantised.kind
                 part = Parameter(match[2], info.shape, info.is_trained, by_muon, few)
                 found[int(match[1])].append(part)
+            elif (match := _AHEAD.match(name)) is not None:
+                part = Parameter(match[2], info.shape, info.is_trained, by_muon)
+                found[first_ahead + int(match[1])].append(part)
             else:
                 outside.append(Parameter(name, info.shape, info.is_trained, by_muon))
         kinds: dict[tuple[Parameter, ...], tuple[Parameter, ...]] = {}
         self.blocks = {layer: kinds.setdefault(tuple(p), tuple(p)) for layer, p in found.items()}
-        """Parameters of each block, without `blocks.N.`; equal blocks are the same object."""
+        """Parameters of each block, without `blocks.N.`; equal blocks are the same object. Those
+        for multi-token prediction come after the last layer, with what belongs to them."""
         self.outside = tuple(outside)
         """Parameters of embeddings and head, by their full names."""
-        self.sparse = frozenset(model.moe_layers)
+        self.sparse = frozenset(n for n in range(num_blocks) if model.has_experts(n))
         self.products_of = {
             block: float(sum(2 * used_weights(model, p.shape) for p in block if len(p.shape) > 1))
             for block in kinds
         }
         """FLOPs of one token forward in the matrix products of a block."""
-        self.products = [self.products_of[self.blocks[n]] for n in range(model.num_layers)]
+        self.products = [self.products_of[self.blocks[n]] for n in range(num_blocks)]
         """The same of each block in turn."""
         self.scores = [
-            mixing_flops(model, n, sequence_length) / 3 / sequence_length
-            for n in range(model.num_layers)
+            mixing_flops(model, n, sequence_length) / 3 / sequence_length for n in range(num_blocks)
         ]
         """The same in attention's products of queries, keys and values."""
-        self.head = 2.0 * model.vocab_size * model.d_model
-        """The same in the output head."""
+        self.head = 2.0 * model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
+        """The same in the output head, as often as it is used."""
         self.flops_per_token = float(flops_per_token(model, parameters, sequence_length))
         """To train one token, as metrics count them."""
         self._groups: dict[tuple[tuple[int, ...], int], list[Group]] = {}
@@ -308,7 +314,8 @@ def state_tensors_of(optim: Any) -> float:
 
 def _stages(model: TransformerConfig, layout: Layout) -> list[Stage]:
     if layout.pp_config is None:
-        return [Stage(0, tuple(range(model.num_layers)), has_embeddings=True, has_head=True)]
+        blocks = tuple(range(model.num_layers + model.num_mtp_layers))
+        return [Stage(0, blocks, has_embeddings=True, has_head=True)]
     pipeline = plan_pipeline(model, layout.pp_config)
     found = []
     for rank in range(layout.pp):

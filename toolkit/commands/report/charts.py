@@ -20,7 +20,7 @@ _MOST_CHARTS = 40
 """In a section, the first ones: a browser keeps the picture of each."""
 
 _SCHEDULED = ("weight_decay", "betas.", "global_batch_size", "sequence_length")
-_LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max")
+_LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max", "mtp_loss")
 _WORDS = {
     "loss": "Loss (nats per target)",
     "lr": "Learning rate",

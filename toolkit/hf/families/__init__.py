@@ -1,7 +1,7 @@
 """The architectures of `transformers` that we read and write. A new one: a file here and its name
 in `FAMILIES`."""
 
-from toolkit.hf.families import gpt, hybrid, layer_normed, llama, llama_kin
+from toolkit.hf.families import glm, gpt, hybrid, layer_normed, llama, llama_kin
 from toolkit.hf.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -32,5 +32,6 @@ FAMILIES: tuple[Family, ...] = (
     llama.OLMOE,
     hybrid.OLMO_HYBRID,
     hybrid.QWEN3_5_TEXT,
+    glm.GLM4_MOE,
 )
 """Where several can hold a model, the first is chosen."""

@@ -57,7 +57,7 @@ QK_NORMS = {
     "self_attn.q_norm": "attention.query_norm",
     "self_attn.k_norm": "attention.key_norm",
 }
-_EXPERTS = {
+EXPERTS = {
     "mlp.gate": "feed_forward.router",
     "mlp.experts.{}.gate_proj": "feed_forward.experts.gate",
     "mlp.experts.{}.up_proj": "feed_forward.experts.up",
@@ -163,7 +163,7 @@ QWEN3_MOE = Family(
         Part(_read_switched_window, _write_switched_window),
         always(qk_norm="per_head"),
     ),
-    block=PROJECTIONS | _EXPERTS | PRE_NORMS | QK_NORMS,
+    block=PROJECTIONS | EXPERTS | PRE_NORMS | QK_NORMS,
 )
 
 MIXTRAL = Family(
@@ -202,7 +202,7 @@ OLMOE = Family(
         experts(),
         always(qk_norm="full"),
     ),
-    block=PROJECTIONS | _EXPERTS | PRE_NORMS | QK_NORMS,
+    block=PROJECTIONS | EXPERTS | PRE_NORMS | QK_NORMS,
 )
 
 
