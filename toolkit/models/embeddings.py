@@ -61,6 +61,8 @@ class Head(nn.Module):
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
+        self.token_rows: nn.Module | None = None
+        """Puts the rows of some tokens in the place of its own (`TrainedRows`)."""
         self.loss = LinearCrossEntropy(config)
         self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
         """Hidden states and weight to logits; who cuts the vocabulary puts another in its place."""
@@ -76,6 +78,8 @@ class Head(nn.Module):
         """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums."""
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
+        if self.token_rows is not None:
+            weight = self.token_rows(weight)
         hidden = self.norm(x)
         if labels is not None:
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
