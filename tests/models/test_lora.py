@@ -16,7 +16,7 @@ from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters, initialize_
-from toolkit.models.lora import choose_trained, without_adapters
+from toolkit.models.lora import adapters_off, choose_trained
 from toolkit.models.parameters import (
     TrainedParameters,
     flops_per_token,
@@ -103,7 +103,7 @@ def test_an_adapted_model_is_the_merged_one(
     ours, whole = model(global_batch(0)), plain(global_batch(0))
     assert (ours - whole).abs().max() <= 5e-6 * whole.abs().max()
     assert (before - whole).abs().max() > 0.1 * whole.abs().max()
-    with without_adapters(model):
+    with adapters_off(model):
         assert torch.equal(model(global_batch(0)), before)
     assert torch.equal(model(global_batch(0)), ours)
     with torch.autocast("cpu", torch.bfloat16):

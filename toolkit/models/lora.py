@@ -52,7 +52,7 @@ def choose_trained(
 
 
 @contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the forward of `model` is that of the base: linear layers, embeddings, experts and
     head as if there were no adapters. (What `train_also` names has changed all the same.)"""
     state: AdapterState | None = getattr(model, "adapters", None)

@@ -73,7 +73,7 @@ def parameter_shapes(model: Architecture, lora: LoRAConfig | None = None) -> dic
             shapes |= _low_rank(layer, whole[f"{layer}.weight"], lora.rank)
         if name == f"{TOKENS}.weight" and lora.trainable_tokens:
             shapes[f"{TOKENS}.token_rows.weight"] = rows = (len(lora.trainable_tokens), shape[1])
-    if lora.trainable_tokens and not model.tie_embeddings:
+    if lora.trainable_tokens and "head.weight" in whole:
         shapes["head.token_rows.weight"] = rows
     return shapes
 

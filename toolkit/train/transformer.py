@@ -252,6 +252,12 @@ class TransformerTrainModule(EngineTrainModule):
         """After the first backward: that it reached all that is trained. A kernel that forgets a
         gradient would leave a parameter as it is, without a word."""
         self._is_checked = True
+        lora, adapters = self.config.lora, getattr(self.engine.module, "adapters", None)
+        if lora is not None and lora.dropout and (adapters is None or adapters.keys is None):
+            raise TrainingError(
+                "train_module.lora.dropout: this train module gives the model no dropout_keys; set "
+                "it to 0"
+            )
         if self.environment.layout.zero_stage:  # DeepSpeed has taken them away
             return
         parameters = canonical_parameters(self.engine.module)
