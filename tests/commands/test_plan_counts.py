@@ -124,7 +124,8 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     layout, rank = environment.layout, environment.rank
     lora = config.lora
     parameters, few = trained_parameters(model, lora=lora), quantised_layers(model, lora)
-    parts = ModelParts(model, parameters, LENGTH, config.optim, few)
+    dropout = lora is not None and lora.dropout > 0
+    parts = ModelParts(model, parameters, LENGTH, config.optim, few, has_dropout=dropout)
     job = Job(
         model=model, parts=parts, layout=layout, sequence_length=LENGTH, rows=rows, passes=passes,
         precision=layout.precision, ac_config=config.ac_config, is_compiled=False,

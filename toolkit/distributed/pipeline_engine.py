@@ -114,7 +114,7 @@ class PipelineEngine(TorchEngine):
     def forward(self, batch: Microbatch) -> LossSums:
         """As `Engine.forward`; without the routers' sums, and zeros on ranks without the last
         stage."""
-        parts = self._run_forward(*batch)
+        parts = self._run_forward(batch.input_ids, batch.labels, batch.document_ids)
         if not parts:
             zero = torch.zeros((), dtype=self._sum_dtype, device=self.environment.device)
             return LossSums(zero, zero, zero)

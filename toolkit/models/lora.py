@@ -125,7 +125,7 @@ class AdaptedLinear(nn.Module):
             of_base = of_base - base.bias.to(out.dtype)
         ratio = self.lora_magnitude / self._norms().to(self.lora_magnitude.dtype)
         # As a difference from 1, which a low precision resolves better.
-        return out + (ratio - 1).to(out.dtype) * of_base + ratio.to(out.dtype) * low_rank
+        return out + low_rank + (ratio - 1).to(out.dtype) * (of_base + low_rank)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

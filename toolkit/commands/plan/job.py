@@ -12,7 +12,12 @@ from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import QuantisedLayers, TrainedParameters, flops_per_token
+from toolkit.models.parameters import (
+    QuantisedLayers,
+    TrainedParameters,
+    flops_per_token,
+    is_adapter,
+)
 from toolkit.models.shapes import Shape, attended_keys, used_weights
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
@@ -87,9 +92,11 @@ class ModelParts:
         sequence_length: int,
         optim: Optimizer | None = None,
         quantised: QuantisedLayers | None = None,
+        *,
+        has_dropout: bool = False,
     ) -> None:
-        """`optim` says which matrices are Muon's; None: none."""
-        self.parameters, self.quantised = parameters, quantised
+        """`optim` says which matrices are Muon's; None: none. `has_dropout`: adapters do."""
+        self.parameters, self.quantised, self.has_dropout = parameters, quantised, has_dropout
         self._model = model
         found: dict[int, list[Parameter]] = {n: [] for n in range(model.num_layers)}
         outside = []
@@ -108,6 +115,12 @@ class ModelParts:
         """Parameters of each block, without `blocks.N.`; equal blocks are the same object."""
         self.outside = tuple(outside)
         """Parameters of embeddings and head, by their full names."""
+        self.adapted_tables = {
+            f"{p.name.removesuffix('.weight').rpartition('.')[0]}.weight"
+            for p in outside
+            if p.is_trained and is_adapter(p.name)
+        }
+        """Of those, the names of tables to which an adapter adds."""
         self.sparse = frozenset(model.moe_layers)
         self.products_of = {
             block: float(sum(2 * used_weights(model, p.shape) for p in block if len(p.shape) > 1))
