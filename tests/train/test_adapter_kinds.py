@@ -12,7 +12,11 @@ from tests.tiny import ROWS, SEQ, build, global_batch, module_config, open_envir
 from tests.train.test_lora import adapts, losses, run, tensors_of
 from tests.workers import WorkerPool
 from toolkit.commands.explain import explain_resume
-from toolkit.distributed.config import ActivationCheckpointingConfig, TensorParallelConfig
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    ContextParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.distributed.shards import local_runs
 from toolkit.hf.export import export_source
 from toolkit.hf.source import find_source
@@ -85,6 +89,7 @@ def reference(workers: WorkerPool) -> Any:
         ("zero2", ("dora and dropout",), {}),
         ("zero3", tuple(KINDS), {}),
         ("fsdp", OF_LAYERS, {"tp_config": TensorParallelConfig(degree=2)}),
+        ("ddp", ("rows of tied tokens", "experts"), {"cp_config": ContextParallelConfig(degree=2)}),
     ],
 )
 def test_engines_train_all_kinds_alike(
