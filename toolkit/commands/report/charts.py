@@ -1,6 +1,7 @@
 """Which curves of runs a report draws, down-sampled to a size that a page can hold."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -15,6 +16,8 @@ _ALL_POINTS = 36_000
 _LEAST_POINTS = 24
 _MOST_CURVES = 40
 """In a chart, as of a model of many layers: evenly chosen ones beyond."""
+_MOST_CHARTS = 40
+"""In a section, the first ones: a browser keeps the picture of each."""
 
 _SCHEDULED = ("weight_decay", "betas.", "global_batch_size", "sequence_length")
 _LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max")
@@ -32,6 +35,11 @@ _WORDS = {
 }
 _THROUGHPUT = ("tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "compute_ratio")
 _NOT_DRAWN = ("num_targets", "seconds", "ppl")
+_ELSEWHERE = (
+    *("loss", "lr", "grad_norm", "skipped", "instances/", "epoch", "attempt", "ppl"),
+    *_LOSSES, *_SCHEDULED, *_THROUGHPUT,
+)  # fmt: skip
+"""How those metrics of training begin that stand in a section of their own, or in none."""
 
 
 class Axes(msgspec.Struct, frozen=True):
@@ -60,8 +68,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """Recorded values; of a long run the least and greatest of each span."""
     means: Series | None
     """Of a long run, the mean of each span, which is what smoothing starts from."""
-    is_evaluation: bool = False
-    """Never smoothed: few points, each of much text."""
+    is_exact: bool = False
+    """Never smoothed: an evaluation (few points, each of much text) or a schedule."""
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,22 +89,32 @@ class _Wanted(msgspec.Struct, frozen=True):
     is_log: bool = False
 
 
-def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, list[Chart]]:
-    """The charts of each section; `names` are those of the runs."""
+def charts_of(
+    names: Sequence[str], histories: Sequence[History]
+) -> tuple[dict[str, list[Chart]], dict[str, int]]:
+    """The charts of each section, and how many more a section would have; `names` are those of the
+    runs."""
     whole = [_with_axes(history) for history in histories]
-    wanted = [chart for chart in _wanted(names, whole) if chart.curves]
+    wanted: list[_Wanted] = []
+    number_of: Counter[str] = Counter()
+    for chart in _wanted(names, whole):
+        if chart.curves:
+            number_of[chart.section] += 1
+            if number_of[chart.section] <= _MOST_CHARTS:
+                wanted.append(chart)
     number = sum(min(len(chart.curves), _MOST_CURVES) for chart in wanted)
     points = max(_LEAST_POINTS, min(_MOST_POINTS, _ALL_POINTS // max(1, number)))
     evaluations = {id(series) for history in whole for series in history.eval.values()}
     found: dict[str, list[Chart]] = {}
     for chart in wanted:
         curves = [
-            _curve(*curve, points, is_evaluation=id(curve[2]) in evaluations)
+            _curve(*curve, points, is_exact=chart.section == "lr" or id(curve[2]) in evaluations)
             for curve in _some(chart.curves)
         ]
         drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
         found.setdefault(chart.section, []).append(drawn)
-    return found
+    more = {name: n - _MOST_CHARTS for name, n in number_of.items() if n > _MOST_CHARTS}
+    return found, more
 
 
 def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
@@ -128,6 +146,7 @@ def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wan
     yield from _evaluations(histories)
     yield from _data(names, histories)
     yield from _system(histories)
+    yield from each("other", (name for name in recorded if not name.startswith(_ELSEWHERE)))
 
 
 def _norms(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
@@ -222,11 +241,11 @@ def _some(curves: list[tuple[int, str, Series]]) -> list[tuple[int, str, Series]
     return [curves[place] for place in places]
 
 
-def _curve(run: int, label: str, series: Series, points: int, *, is_evaluation: bool) -> Curve:
+def _curve(run: int, label: str, series: Series, points: int, *, is_exact: bool) -> Curve:
     """Three fifths of the points for the extremes, the rest for the means."""
-    if len(series.step) <= points or is_evaluation:
+    if len(series.step) <= points or is_exact:
         cut = down_sampled(series, points)
-        return Curve(run=run, label=label, points=cut, means=None, is_evaluation=is_evaluation)
+        return Curve(run=run, label=label, points=cut, means=None, is_exact=is_exact)
     few = max(8, points * 3 // 5)
     return Curve(
         run=run,

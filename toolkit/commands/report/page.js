@@ -44,14 +44,17 @@ function ticks(low, high, number) {
   const raw = (high - low) / number || 1, power = 10 ** Math.floor(Math.log10(raw));
   const size = [1, 2, 2.5, 5, 10].map(n => n * power).find(n => n >= raw);
   const found = [];
-  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + 1e-9 * size; n++) found.push(n * size);
+  // Beyond 2^53 a count does not change any more.
+  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + 1e-9 * size && found.length < 20; n++) found.push(n * size);
   return found;
 }
 
 function logTicks(low, high) {
   const found = [], apart = Math.max(1, Math.ceil((high - low) / 6));
-  for (let n = Math.ceil(low); n <= high; n += apart) found.push(n);
-  return found.length > 1 ? found : ticks(low, high, 4);
+  const steps = high - low > 2 ? [1] : high - low > 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
+  for (let n = Math.floor(low); n <= high; n += apart)
+    for (const step of steps) if (n + Math.log10(step) >= low && n + Math.log10(step) <= high) found.push(n + Math.log10(step));
+  return found.length > 1 ? found : ticks(10 ** low, 10 ** high, 4).filter(n => n > 0).map(Math.log10);
 }
 
 function lines(chart, axis, weight) {
