@@ -160,7 +160,7 @@ def test_dropout_depends_on_the_token_and_the_layer_alone() -> None:
 
 def test_dropout_is_the_same_where_blocks_are_computed_again_or_compiled() -> None:
     lora = LoRAConfig(rank=4, dropout=0.5, dora=True)
-    ids, results = global_batch(0), []
+    ids, results = global_batch(0), list[list[Any]]()
     keys = dropout_keys(0, 1, range(len(ids)), ids.shape[1])
     for change in ("", "recomputed", "compiled", "off"):
         model = adapted(lora, num_layers=1)

@@ -157,7 +157,7 @@ def test_magnitudes_and_rows_begin_as_the_base_has_them(
     assert workers.run(ranks, filled, engine) == [set()] * ranks
 
 
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "layers": {
         "dora": True, "rslora": True, "dropout": 0.3, "target_modules": ["*.attention.*"],
         "trainable_tokens": [72, 105],
