@@ -48,6 +48,13 @@ CASES: dict[str, dict[str, Any]] = {
     "single, but for some ops": {"ranks": 1, "ac_config": AC.replace(mode="selected_ops")},
     "ddp": {"engine": "ddp"},
     "single, base in nf4": {"ranks": 1, "precision": "bf16", "lora": QLORA},
+    "single, base in nf4, rank 64": {"ranks": 1, "lora": QLORA.replace(rank=64)},
+    "single, base in int8 under attention": {
+        "ranks": 1,
+        "precision": "bf16",
+        "lora": QLORA.replace(rank=16, quantize_base="int8", target_modules=("*.attention.*",)),
+    },
+    "single, DoRA and dropout": {"ranks": 1, "lora": LoRAConfig(rank=16, dora=True, dropout=0.1)},
     "fsdp": {"engine": "fsdp", "model": {"qk_norm": "full", "norm_placement": "reordered"}},
     "fsdp, bf16, one pass": {"engine": "fsdp", "precision": "bf16", "passes": 1},
     "fsdp, moments in bf16": {"engine": "fsdp", "optim": AdamWConfig(state_dtype="bf16")},
@@ -127,7 +134,8 @@ def counted(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     layout, rank = environment.layout, environment.rank
     lora = config.lora
     parameters, few = trained_parameters(model, lora=lora), quantised_layers(model, lora)
-    parts = ModelParts(model, parameters, LENGTH, config.optim, few)
+    dropout = lora is not None and lora.dropout > 0
+    parts = ModelParts(model, parameters, LENGTH, config.optim, few, has_dropout=dropout)
     job = Job(
         model=model, parts=parts, layout=layout, sequence_length=LENGTH, rows=rows, passes=passes,
         precision=layout.precision, ac_config=config.ac_config, is_compiled=False,

@@ -214,7 +214,7 @@ def test_two_ranks_compute_what_one_does(on_two: Any, name: str) -> None:
 def shared_heads(group: Any) -> dict[str, tuple[float, str]]:
     names = ("llama", "olmo2", "olmo2, one key head", "layer norm of all heads", "ngpt", "experts")
     config = config_of(bias=True)
-    lora = LoRAConfig(rank=3, target_modules=("*.attention.*",), train_also=("*.key.*",))
+    lora = LoRAConfig(rank=3, dora=True, target_modules=("*.attention.*",), train_also=("*.key.*",))
     adapted = worst(compared(config, batch_of(config), group, lora=lora))
     return {**architectures(group, names), "adapters": adapted}
 
@@ -264,7 +264,7 @@ def adapters(group: Any) -> dict[str, tuple[float, str]]:
     everywhere = LoRAConfig(
         rank=3,
         alpha=5,
-        target_modules=("*.attention.*", "blocks.0.feed_forward.*", "*.shared.*"),
+        target_modules=("*.attention.*", "blocks.0.feed_forward.*", "*.shared.*", "*.experts.*"),
         train_also=("*.attention_norm.*", "*.router.*"),
     )
     batch = batch_of(config)

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.hf.cases import DENSE
+from tests.hf.cases import DENSE, MOE
 from tests.hf.fidelity import Pair, pair, their_config
 from toolkit.errors import CheckpointError
-from toolkit.hf.adapter import export_adapter, merged
+from toolkit.hf.adapter import NotForPeftError, export_adapter, merged
 from toolkit.hf.export import export_hf
+from toolkit.hf.loading import load_causal_lm
+from toolkit.hf.loading import with_adapter as load_adapter
 from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
 from toolkit.models.lora import choose_trained
@@ -41,7 +44,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return pair(their_config(model_type, **fields), folder)
 
 
-def with_adapter(plain: Transformer, lora: LoRAConfig) -> Transformer:
+def with_adapter(plain: Transformer, lora: LoRAConfig, scale: float = 1.0) -> Transformer:
     """A model with the weights of `plain` and a random adapter."""
     model = plain.config.build(init_device="meta")
     choose_trained(model, lora=lora)
@@ -49,8 +52,13 @@ def with_adapter(plain: Transformer, lora: LoRAConfig) -> Transformer:
     generator = torch.Generator().manual_seed(3)
     weights = plain.state_dict()
     for name, parameter in canonical_parameters(model).items():
-        noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-        parameter.data.copy_(noise if is_adapter(name) else weights[name])
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith(".lora_magnitude"):
+            weight = weights[f"{name.removesuffix('.lora_magnitude')}.weight"]
+            value = weight.norm(dim=1) * (1 + 0.2 * noise)
+        else:
+            value = noise * (scale if ".lora_" in name else 1.0) / parameter.shape[-1] ** 0.5
+        parameter.data.copy_(value if is_adapter(name) else weights[name])
     return model.eval()
 
 
@@ -92,6 +100,82 @@ def test_peft_loads_it_onto_the_original(models: Pair, tmp_path: Path, targets: 
     export_hf(config, whole, tmp_path / "merged", model_type=models.read.family.model_type)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert_same(loaded(ids).logits, ours)
+
+
+LAYERS, ATTENTION = ("*.attention.*", "*.feed_forward.*"), ("*.attention.*",)
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "target_modules": ("*.query", "*.value", "*.up")},
+    "dora": {"dora": True, "target_modules": LAYERS},
+    "embeddings": {"target_modules": (*ATTENTION, "embeddings.tokens")},
+    "tokens": {"target_modules": ATTENTION, "trainable_tokens": (100, 3, 7)},
+    "tokens alone": {"target_modules": (), "trainable_tokens": (100, 3, 7)},
+    "all layers": {"rslora": True, "target_modules": LAYERS},
+    "experts here and there": {"target_modules": ("blocks.0.feed_forward.experts.gate",)},
+}
+CASES = {
+    "llama": ("rslora", "dora", "embeddings", "tokens", "tokens alone"),
+    "gemma3": ("embeddings", "tokens", "tokens alone"),
+    "gpt2": ("dora", "tokens"),
+    "phi3": ("dora", "rslora"),
+    "mixtral": ("all layers", "experts here and there", "embeddings"),
+    "qwen3_moe": ("all layers",),
+    "olmoe": ("all layers",),
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+@torch.no_grad()
+def test_every_kind_gives_our_logits_in_peft_and_merged(tmp_path: Path, family: str) -> None:
+    model_type, fields = (DENSE | MOE)[family]
+    both = pair(their_config(model_type, **fields), tmp_path / "base")
+    config, choice = both.read.config, both.read.family
+    ids = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids[:, ::5] = 100
+    before = both.ours(ids)
+    for kind in CASES[family]:
+        lora = LoRAConfig(rank=RANK, alpha=ALPHA, **KINDS[kind])
+        model, place = with_adapter(both.ours, lora, scale=0.3), tmp_path / kind
+        ours, adapter = model(ids), adapter_of(model)
+        assert (ours - before).abs().max() > 0.1 * before.abs().max()
+        export_adapter(config, choice, lora, adapter, place / "adapter")
+        with_peft = load_adapter(
+            load_causal_lm(both.folder, dtype=torch.float32, plain_attention=True),
+            place / "adapter",
+        )
+        whole = merged(both.ours.state_dict().items(), adapter, lora)
+        export_hf(config, whole, place / "merged", model_type=model_type)
+        loaded = load_causal_lm(place / "merged", dtype=torch.float32, plain_attention=True)
+        for theirs in (with_peft, loaded):
+            error = (theirs(ids).logits - ours).abs().max() / ours.abs().max()
+            assert error < 1.5e-6, (kind, error)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "message"),
+    [
+        ("gpt2", "embeddings", r"transformer\.wte: peft adapts no head that is tied"),
+        ("phi3", "dora of some", r"query: DoRA on a part of model\.layers\.0\.self_attn\.qkv"),
+        (
+            "qwen3_moe_some_dense_biases_windows",
+            "all layers",
+            r"model\.layers\.0\.mlp\.gate_proj: beside layers with experts, peft has no place",
+        ),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(
+    tmp_path: Path, family: str, kind: str, message: str
+) -> None:
+    model_type, fields = (DENSE | MOE)[family]
+    both = pair(their_config(model_type, **fields), tmp_path / "base")
+    kinds = KINDS | {"dora of some": {"dora": True, "target_modules": ("*.query",)}}
+    lora = LoRAConfig(rank=RANK, **kinds[kind])
+    adapter = adapter_of(with_adapter(both.ours, lora))
+    with pytest.raises(NotForPeftError, match=message) as error:
+        export_adapter(both.read.config, both.read.family, lora, adapter, tmp_path / "adapter")
+    assert str(error.value).endswith(
+        "; export the merged model instead: toolkit export-hf --merge-adapter"
+    )
+    assert not (tmp_path / "adapter").exists()
 
 
 LLAMA = LoRAConfig(rank=2, alpha=2.0)

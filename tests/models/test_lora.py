@@ -7,28 +7,35 @@ import pytest
 import torch
 
 from tests.tiny import SEQ, global_batch, tiny_model
+from toolkit.distributed.activations import apply_activation_checkpointing
+from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.errors import ConfigError
 from toolkit.hf.adapter import merged
+from toolkit.models.adapter_state import AdapterState, TokenDropout, dropout_keys
 from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters, initialize_
-from toolkit.models.lora import choose_trained
+from toolkit.models.lora import adapters_off, choose_trained
 from toolkit.models.parameters import (
     TrainedParameters,
     flops_per_token,
     is_adapter,
     is_trained,
+    parameter_shapes,
+    quantised_layers,
     trained_parameters,
 )
 from toolkit.models.transformer import Transformer
 
 QUERY = "blocks.0.attention.query"
+LORA = LoRAConfig(rank=4)
+MOE = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=8)}
 
 
-def adapted(seed: int = 0, **settings: Any) -> Transformer:
-    model = tiny_model().build(init_device="meta")
-    choose_trained(model, lora=LoRAConfig(**({"rank": 4} | settings)))
+def adapted(lora: LoRAConfig, seed: int = 0, **changes: Any) -> Transformer:
+    model = tiny_model(**changes).build(init_device="meta")
+    choose_trained(model, lora=lora)
     model.to_empty(device="cpu")
     initialize_(model, seed)
     return model
@@ -39,12 +46,12 @@ def adapter_of(model: Transformer, *, random: bool = False) -> dict[str, torch.T
     if random:
         generator = torch.Generator().manual_seed(1)
         for tensor in found.values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return found
 
 
 def test_names_of_the_base_stay_and_adapters_are_named_after_their_layer() -> None:
-    names = list(canonical_parameters(adapted()))
+    names = list(canonical_parameters(adapted(LORA)))
     base = [name for name, _ in tiny_model().build(init_device="meta").named_parameters()]
     assert [name for name in names if not is_adapter(name)] == base
     assert names[names.index(f"{QUERY}.weight") + 1 :][:2] == [
@@ -55,7 +62,8 @@ def test_names_of_the_base_stay_and_adapters_are_named_after_their_layer() -> No
 
 
 def test_initial_values_depend_on_seed_name_and_shape_alone() -> None:
-    whole, part = adapted(seed=5), adapted(seed=5, target_modules=("blocks.0.*.query",))
+    some = LORA.replace(target_modules=("blocks.0.*.query",))
+    whole, part = adapted(LORA, seed=5), adapted(some, seed=5)
     plain = tiny_model().build(seed=5)
     ours, few = canonical_parameters(whole), canonical_parameters(part)
     for name, parameter in plain.named_parameters():
@@ -70,27 +78,113 @@ def test_initial_values_depend_on_seed_name_and_shape_alone() -> None:
     assert torch.equal(whole(ids), plain(ids))
 
 
-def test_an_adapted_model_is_the_merged_one() -> None:
-    model, plain = adapted(alpha=6.0), tiny_model().build()
-    adapter = adapter_of(model, random=True)
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"alpha": 6.0}, {}),
+        ({"rslora": True}, {}),
+        ({"dora": True, "rslora": True}, {"bias": True}),
+        ({"target_modules": ("*.query", "embeddings.tokens")}, {"tie_embeddings": True}),
+        ({"trainable_tokens": (7, 99, 2)}, {}),
+        ({"trainable_tokens": (7, 2), "target_modules": ()}, {"tie_embeddings": True}),
+        ({}, MOE),
+    ],
+)
+def test_an_adapted_model_is_the_merged_one(
+    settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    lora, plain = LoRAConfig(**({"rank": 4} | settings)), tiny_model(**changes).build()
+    model = adapted(lora, **changes)
     before = plain(global_batch(0))
-    settings = LoRAConfig(rank=4, alpha=6.0)
-    plain.load_state_dict(dict(merged(plain.state_dict().items(), adapter, settings)))
+    begun = model(global_batch(0))
+    assert (begun - before).abs().max() <= 1e-6 * before.abs().max()  # as nothing but the base
+    adapter = adapter_of(model, random=True)
+    plain.load_state_dict(dict(merged(plain.state_dict().items(), adapter, lora)))
     ours, whole = model(global_batch(0)), plain(global_batch(0))
-    assert (ours - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert (ours - whole).abs().max() <= 5e-6 * whole.abs().max()
     assert (before - whole).abs().max() > 0.1 * whole.abs().max()
+    with adapters_off(model):
+        assert torch.equal(model(global_batch(0)), before)
+    assert torch.equal(model(global_batch(0)), ours)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(global_batch(0))
     assert rounded.dtype == torch.bfloat16
-    assert (rounded - whole).abs().max() < 0.05 * whole.abs().max()
+    if not changes.get("moe"):  # rounding changes the choice of experts
+        assert (rounded - whole).abs().mean() < 0.01 * whole.abs().max()
+
+
+def test_other_rows_than_those_of_trained_tokens_stay() -> None:
+    lora = LoRAConfig(trainable_tokens=(7, 99), target_modules=())
+    for is_tied in (False, True):
+        model, before = adapted(lora, tie_embeddings=is_tied), tiny_model().build().state_dict()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ids = global_batch(0)
+        model(ids, ids).loss.backward()
+        optimizer.step()
+        after = dict(merged(before.items(), adapter_of(model), lora)) if not is_tied else {}
+        tables = ["embeddings.tokens.weight"] + ["head.weight"] * (not is_tied)
+        own = canonical_parameters(model)
+        assert [n for n, p in own.items() if p.requires_grad] == [
+            n.replace("weight", "token_rows.weight") for n in tables
+        ]
+        for name in tables if after else ():
+            changed = (after[name] != before[name]).any(1).nonzero().flatten().tolist()
+            assert changed == [7, 99]
+
+
+def test_dropout_depends_on_the_token_and_the_layer_alone() -> None:
+    state = AdapterState()
+    drop, other = (TokenDropout(0.25, name, state) for name in (QUERY, "blocks.1.attention.query"))
+    x = torch.ones(4, 64, 512)
+    assert drop(x) is x  # outside of training
+    state.keys = dropout_keys(1, 5, range(4), 64)
+    whole = drop(x)
+    kept = whole != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert whole[kept].unique().tolist() == [pytest.approx(4 / 3)]
+    for part in (kept.float().mean((0, 1)), kept.float().mean((0, 2)), kept.float().mean((1, 2))):
+        assert (part - 0.75).abs().max() < 0.15
+    state.keys = dropout_keys(1, 5, range(2, 4), 64)
+    assert torch.equal(drop(x[2:]), whole[2:])  # another rank's rows, or another microbatch
+    drop.first_channel = 100
+    assert torch.equal(drop(x[2:, :, 100:]), whole[2:, :, 100:])  # its share of the channels
+    drop.first_channel = 0
+    others = [other(x[2:])]
+    for seed, step, rows in ((2, 5, range(2, 4)), (1, 6, range(2, 4)), (1, 5, range(2))):
+        state.keys = dropout_keys(seed, step, rows, 64)
+        others.append(drop(x[2:]))
+    for one in others:  # independent: alike as often as chance has it
+        alike = ((one != 0) == kept[2:]).float().mean().item()
+        assert alike == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+
+
+def test_dropout_is_the_same_where_blocks_are_computed_again_or_compiled() -> None:
+    lora = LoRAConfig(rank=4, dropout=0.5, dora=True)
+    ids, results = global_batch(0), list[list[Any]]()
+    keys = dropout_keys(0, 1, range(len(ids)), ids.shape[1])
+    for change in ("", "recomputed", "compiled", "off"):
+        model = adapted(lora, num_layers=1)
+        adapter_of(model, random=True)
+        if change == "recomputed":
+            config = ActivationCheckpointingConfig(mode="full")
+            apply_activation_checkpointing(model.blocks, config)
+        if change == "compiled":
+            compile_model(model, fullgraph=True, backend="eager")
+        model(ids, ids, dropout_keys=None if change == "off" else keys).loss.backward()
+        results.append([p.grad for p in model.parameters() if p.requires_grad])
+    plain, recomputed, compiled, off = results
+    assert all(map(torch.equal, recomputed, plain))
+    for got, want in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert not any(map(torch.equal, off, plain))
 
 
 def test_gradients_reach_adapters_and_what_is_trained_besides_alone() -> None:
-    model = adapted(train_also=("head.*",))
+    settings = LORA.replace(train_also=("head.*",))
+    model = adapted(settings)
     adapter_of(model, random=True)
     ids = global_batch(0)
     model(ids, ids).loss.backward()
-    settings = LoRAConfig(train_also=("head.*",))
     for name, parameter in canonical_parameters(model).items():
         assert (parameter.grad is not None) == is_trained(name, settings), name
     assert is_trained("head.norm.weight", settings)
@@ -98,7 +192,7 @@ def test_gradients_reach_adapters_and_what_is_trained_besides_alone() -> None:
 
 
 def test_blocks_with_adapters_compile_as_one_graph() -> None:
-    model = adapted()
+    model = adapted(LORA)
     adapter_of(model, random=True)
     ids = global_batch(0)
     expected = model(ids, ids).loss
@@ -117,8 +211,8 @@ def test_blocks_with_adapters_compile_as_one_graph() -> None:
             r"blocks\.0\.attention\.query",
         ),
         (
-            {"target_modules": ("*.query", "embeddings.tokens")},
-            r"'embeddings\.tokens' matches no linear layer \(embeddings\.tokens\.weight is none; "
+            {"target_modules": ("*.query", "head.norm")},
+            r"'head\.norm' matches no linear layer \(head\.norm\.weight is none; "
             r"train_module\.lora\.train_also trains it whole\)",
         ),
         ({"target_modules": ("head.weight",)}, r"'head\.weight' matches no linear layer \(head"),
@@ -127,15 +221,71 @@ def test_blocks_with_adapters_compile_as_one_graph() -> None:
 )
 def test_patterns_that_match_nothing_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        adapted(**settings)
+        adapted(LORA.replace(**settings))
 
 
-def test_experts_take_no_adapter() -> None:
-    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=8)
-    model = tiny_model(moe=moe).build(init_device="meta")
-    with pytest.raises(ConfigError, match=r"matches blocks\.0\.feed_forward\.exp"):
-        choose_trained(model, lora=LoRAConfig())
-    choose_trained(model, lora=LoRAConfig(target_modules=("*.attention.*",)))
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        (
+            {"rank": 64, "target_modules": ("*.attention.*",)},
+            {},
+            r"rank: 64 is more than blocks\.0\.attention\.key has \(16 x 32\); use at most 16",
+        ),
+        ({"dora": True}, MOE, r"dora: does not go with adapters on experts \(blocks\.0\.feed_fo"),
+        ({"dropout": 0.1}, MOE, r"dropout: 0\.1 does not go with adapters on experts \(blocks"),
+        (
+            {"dora": True, "target_modules": ("*.query", "embeddings.tokens")},
+            {},
+            r"dora: is for linear layers; leave embeddings\.tokens out of target_modules",
+        ),
+        (
+            {"trainable_tokens": (3, 100)},
+            {},
+            r"trainable_tokens: 100 is no token of the model; its ids are 0 to 99",
+        ),
+        (
+            {"trainable_tokens": (3,), "train_also": ("embed*",)},
+            {},
+            r"trainable_tokens: embeddings\.tokens\.weight is trained whole \(train_also\); leave",
+        ),
+        (
+            {"trainable_tokens": (3,), "target_modules": ("embeddings.tokens",)},
+            {},
+            r"trainable_tokens: does not go with an adapter on embeddings\.tokens; leave one",
+        ),
+        (
+            {"quantize_base": "nf4", "target_modules": ("*.experts.*",)},
+            MOE,
+            r"quantize_base: is for linear layers, and none has an adapter; leave it out",
+        ),
+    ],
+)
+def test_what_no_adapter_can_be_is_said_in_one_line(
+    settings: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    config, lora = tiny_model(**changes), LoRAConfig(**({"rank": 4} | settings))
+    check = quantised_layers if lora.quantize_base else parameter_shapes
+    with pytest.raises(ConfigError, match=message) as error:
+        check(config, lora)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"dora": True, "quantize_base": "int8"},
+            "dora: needs the weights that quantize_base int8",
+        ),
+        ({"dropout": 1.0}, "dropout: 1.0 is no share"),
+        ({"trainable_tokens": (3, 3)}, "trainable_tokens: 3 is named twice"),
+        ({"target_modules": ()}, "target_modules: empty; name the layers"),
+    ],
+)
+def test_what_no_model_has_is_refused_by_itself(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,10 @@ def test_numbers_that_are_not_finite_are_not_lost(kind: str) -> None:
 
 def quantised(kind: str, **settings: Any) -> Transformer:
     """A model with random adapters, on a base in few bits."""
-    model = adapted(quantize_base=kind, **settings)
+    lora = LoRAConfig(rank=4, quantize_base=kind, **settings)  # type: ignore[arg-type]
+    model = adapted(lora)
     adapter_of(model, random=True)
-    chosen = quantised_layers(tiny_model(), LoRAConfig(rank=4, quantize_base=kind, **settings))  # type: ignore[arg-type]
+    chosen = quantised_layers(tiny_model(), lora)
     assert chosen is not None
     quantise_layers(model, chosen)
     return model
@@ -118,7 +119,7 @@ def quantised(kind: str, **settings: Any) -> Transformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_a_model_with_the_weights_that_come_back(kind: str) -> None:
-    model, twin = quantised(kind).double(), adapted().double()
+    model, twin = quantised(kind).double(), adapted(LoRAConfig(rank=4)).double()
     ours, theirs = canonical_parameters(model), canonical_parameters(twin)
     layers = quantised_linears(model)
     assert ours.keys() | layers.keys() == theirs.keys()

@@ -155,7 +155,9 @@ def _training(
     elif optim := metadata.extra.get("optim"):
         rows["Optimizer"] = _settings(optim)
     if source.lora is not None:
-        rows["Adapter"] = _settings({"type": "LoRA", **msgspec.to_builtins(source.lora)})
+        rows["Adapter"] = _settings(
+            {"type": "DoRA" if source.lora.dora else "LoRA", **msgspec.to_builtins(source.lora)}
+        )
     engine = engine_of(source.run, status.attempt) if source.run and status else None
     machine = f"{metadata.engine} x {metadata.world_size}"
     if engine is not None and f"{engine.name} x {engine.world_size}" == machine:

@@ -38,11 +38,18 @@ class Microbatch(NamedTuple):
     input_ids: torch.Tensor
     labels: torch.Tensor
     document_ids: torch.Tensor | None = None
+    dropout_keys: torch.Tensor | None = None
 
     def split(self, rows: int) -> "list[Microbatch]":
         """Microbatches of `rows` rows, the last of what is left."""
-        given = [tensor.split(rows) for tensor in self if tensor is not None]
-        return [Microbatch(*parts) for parts in zip(*given, strict=True)]
+        given = {k: t.split(rows) for k, t in self._asdict().items() if t is not None}
+        parts = zip(*given.values(), strict=True)
+        return [Microbatch(**dict(zip(given, part, strict=True))) for part in parts]
+
+    @property
+    def options(self) -> dict[str, torch.Tensor]:
+        """What of it only some models take."""
+        return {} if self.dropout_keys is None else {"dropout_keys": self.dropout_keys}
 
 
 class StepOutcome(NamedTuple):
@@ -97,6 +104,7 @@ class Engine(ABC):
                         microbatch.labels,
                         document_ids=microbatch.document_ids,
                         z_loss_multiplier=z_loss_multiplier,
+                        **microbatch.options,
                     )
                 self._backward(sums.loss, factor)
             parts.append(sums._replace(loss=sums.loss.detach()))

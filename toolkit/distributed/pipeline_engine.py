@@ -114,7 +114,7 @@ class PipelineEngine(TorchEngine):
     def forward(self, batch: Microbatch) -> LossSums:
         """As `Engine.forward`; without the routers' sums, and zeros on ranks without the last
         stage."""
-        parts = self._run_forward(*batch)
+        parts = self._run_forward(batch.input_ids, batch.labels, batch.document_ids)
         if not parts:
             zero = torch.zeros((), dtype=self._sum_dtype, device=self.environment.device)
             return LossSums(zero, zero, zero)
@@ -266,7 +266,8 @@ def _joined(microbatches: Sequence[Microbatch], rows: int) -> Microbatch:
     """All rows, and behind them rows without targets where the last microbatch has fewer."""
     missing = rows - len(microbatches[-1].labels)
     joined: list[Any] = []
-    for parts, blank in zip(zip(*microbatches, strict=True), (0, IGNORE_INDEX, 0), strict=True):
+    fields = zip(*(m[:3] for m in microbatches), strict=True)  # adapters have no pipeline
+    for parts, blank in zip(fields, (0, IGNORE_INDEX, 0), strict=True):
         if parts[0] is None:
             joined.append(None)
             continue

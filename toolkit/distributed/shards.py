@@ -146,17 +146,33 @@ def draw_initial_values(
     """Fill what this rank holds of each parameter with the values of the whole one, which depend on
     (seed, name, shape) alone."""
     for name, parameter in parameters.items():
-        shape, memory = shards[name].shape, local_tensor(parameter.detach()).view(-1)
-        for box in local_boxes(parameter, shards[name]):
-            for position, start, length in flat_runs(shape, box):
-                fill_flat_(
-                    memory.narrow(0, position, length),
-                    name=name,
-                    numel=shape.numel(),
-                    start=start,
-                    spec=inits[name],
-                    seed=seed,
-                )
+        spec, shape = inits[name], shards[name].shape
+        if spec.kind == "of_weight":
+            whole = torch.empty(shards[spec.weight].shape)
+            drawn = ShardSpec(whole.shape)
+            draw_initial_values({spec.weight: whole}, inits, {spec.weight: drawn}, seed)
+            fill_part(parameter, shards[name], spec.part_of(whole))
+            continue
+        for memory, start in local_runs(parameter, shards[name]):
+            fill_flat_(memory, name=name, numel=shape.numel(), start=start, spec=spec, seed=seed)
+
+
+def local_runs(tensor: torch.Tensor, spec: ShardSpec) -> Iterator[tuple[torch.Tensor, int]]:
+    """What this rank holds of `tensor`, a parameter or its like, as contiguous runs of the
+    flattened whole: each the rank's own memory, and where in the whole it starts."""
+    boxes = tensor.boxes if isinstance(tensor, LocalShard) else local_boxes(tensor, spec)
+    memory = memory_of(tensor.detach()).view(-1)
+    for box in boxes:
+        for position, start, length in flat_runs(spec.shape, box):
+            yield memory.narrow(0, position, length), start
+
+
+@torch.no_grad()
+def fill_part(tensor: torch.Tensor, spec: ShardSpec, whole: torch.Tensor) -> None:
+    """Write what this rank holds of `tensor` from the `whole` one."""
+    flat = whole.reshape(-1)
+    for memory, start in local_runs(tensor, spec):
+        memory.copy_(flat[start : start + memory.numel()])
 
 
 def stored_tensor(tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:

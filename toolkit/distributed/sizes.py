@@ -71,6 +71,10 @@ class Besides(NamedTuple):
 
     has_frozen: bool = False
     has_adapter: bool = False
+    adapts_vocabulary: bool = False
+    """Adapters train rows of tokens, or the table of embeddings."""
+    has_dropout: bool = False
+    """Of adapters."""
     own_model: str | None = None
     """The class, where it is not the toolkit's."""
     optim: Optimizer | None = None
@@ -96,6 +100,11 @@ def check_combination(layout: Layout, besides: Besides) -> None:
         refuse(cuts, "train_module.dp_config.cpu_offload", "leave one of them out")
     if besides.has_adapter:
         refuse(stages, "train_module.lora", "use fsdp, tp_config or cp_config")
+    whole_rows = "use fsdp, hsdp or zero alone"
+    if besides.adapts_vocabulary and layout.tp > 1:
+        refuse(["tp"], "train_module.lora of embeddings or tokens", whole_rows)
+    if besides.has_dropout and layout.cp > 1:
+        refuse(["cp"], "train_module.lora.dropout", f"{whole_rows}, or tp_config")
     if besides.quantize_base is not None:
         others = [
             f"train_module.{axis}_config"

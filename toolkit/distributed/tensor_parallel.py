@@ -25,8 +25,7 @@ Modules hold plain tensors, and the table of shards says what they are. The coll
 type of what is computed.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -165,14 +164,19 @@ class _Cut:
         base = _base(module)
         self.cut(base, "weight", 0, heads=heads)
         self.cut(base, "bias", 0, heads=heads)
-        for second in _adapters(module, "lora_B"):
-            self.cut(second, "weight", 0, heads=heads)
+        if base is not module:
+            self.cut(module.lora_B, "weight", 0, heads=heads)
+            self.cut(module, "lora_magnitude", 0, heads=heads)
 
     def input_channels(self, module: Any) -> None:
         """Of a linear layer, with an adapter or without, whose bias stays whole."""
-        self.cut(_base(module), "weight", 1)
-        for first in _adapters(module, "lora_A"):
-            self.cut(first, "weight", 1)
+        base = _base(module)
+        self.cut(base, "weight", 1)
+        if base is not module:
+            self.cut(module.lora_A, "weight", 1)
+            module.add_columns = lambda squares: gathered(squares[None], self.group, 0).sum(0)
+            if module.dropout is not None:
+                module.dropout.first_channel = self.rank * base.weight.shape[1]
 
     def leave(self, module: nn.Module) -> None:
         """What somebody else has cut stays as the table has it."""
@@ -242,12 +246,14 @@ def _share_feed_forward(feed_forward: Any, cut: _Cut) -> None:
     cut.input_channels(feed_forward.down)
 
 
-def _exchange_rows(module: nn.Module, last: nn.Module, group: dist.ProcessGroup) -> None:
+def _exchange_rows(module: nn.Module, last: Any, group: dist.ProcessGroup) -> None:
     """Give `module` whole rows, and add up over ranks what it makes of them, with the bias of its
     `last` linear layer once."""
     base = _base(last)
     if base.bias is not None:
         base.forward = lambda x: linear(x, base.weight)
+        if base is not last:
+            last.has_bias = False
     inner = module.forward
 
     def forward(x: Tensor, *inputs: Any) -> Tensor:
@@ -263,6 +269,11 @@ def _share_moe(moe: Any, cut: _Cut) -> None:
     cut.cut(moe.experts, "gate", 1)
     cut.cut(moe.experts, "up", 1)
     cut.cut(moe.experts, "down", 2)
+    for name, adapter in moe.experts.adapters.items():
+        if name == "down":
+            cut.cut(adapter.lora_A, "weight", 2)
+        else:
+            cut.cut(adapter.lora_B, "weight", 1)
     if moe.shared is not None:
         _share_feed_forward(moe.shared, cut)
 
@@ -353,6 +364,7 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
         positions: Tensor | None = None,
         starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
+        dropout_keys: Tensor | None = None,
     ) -> Any:
         if has_first_layer and positions is None:
             check_rows(config, input_ids, document_ids)
@@ -382,6 +394,7 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
             positions=positions,
             starts=starts,
             z_loss_multiplier=z_loss_multiplier,
+            dropout_keys=dropout_keys,
         )
         is_logits = labels is None and model.head is not None
         return result[:, :length] if is_logits else result
@@ -392,7 +405,3 @@ def _take_whole_rows(model: Transformer, group: dist.ProcessGroup) -> None:
 def _base(module: Any) -> Any:
     """The linear layer itself, which may have an adapter around it."""
     return getattr(module, "base_layer", module)
-
-
-def _adapters(module: Any, kind: Literal["lora_A", "lora_B"]) -> Iterator[nn.Module]:
-    yield from getattr(module, kind, nn.ModuleDict()).values()

@@ -136,6 +136,8 @@ def besides_layout(config: ExperimentConfig) -> Besides:
     return Besides(
         has_frozen=bool(module.freeze),
         has_adapter=module.lora is not None,
+        adapts_vocabulary=module.lora is not None and module.lora.adapts_vocabulary,
+        has_dropout=module.lora is not None and module.lora.dropout > 0,
         own_model=model.target if isinstance(model, ClassModelConfig) else None,
         optim=module.optim,
         quantize_base=module.lora.quantize_base if module.lora is not None else None,

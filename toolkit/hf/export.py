@@ -20,7 +20,7 @@ from toolkit.data.prepare.build.stops import SPECIAL_IDS
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf import compare
-from toolkit.hf.adapter import export_adapter, merged
+from toolkit.hf.adapter import NotForPeftError, export_adapter, merged
 from toolkit.hf.choose import choose_family, hf_architecture
 from toolkit.hf.source import (
     ModelSource,
@@ -203,16 +203,13 @@ def export_checkpoint(
     config = msgspec.convert(extra["model"], ModelConfig)
     source = ModelSource(str(checkpoint), "checkpoint", config, checkpoint, extra=extra)
     source = source._replace(tokenizer_folder=tokenizer_folder, weights=weights)
-    if source.lora is not None and source.lora.train_also:
-        log.info(
-            "parameters were trained besides the adapter (train_module.lora.train_also), so %s/ is "
-            "not written; `toolkit export-hf --merge-adapter` writes the whole model",
-            HF_FOLDER,
-        )
-    elif hf_architecture(config, source.origin.get("model_type")) is None:
+    if hf_architecture(config, source.origin.get("model_type")) is None:
         log.info("no transformers class has these parts; %s/ is not written", HF_FOLDER)
     else:
-        export_source(source, checkpoint / HF_FOLDER, check=False)
+        try:
+            export_source(source, checkpoint / HF_FOLDER, check=False)
+        except NotForPeftError as error:
+            log.info("%s/ is not written: %s", HF_FOLDER, error)
 
 
 def chosen_types(source: ModelSource) -> Dtypes:

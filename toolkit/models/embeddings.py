@@ -76,6 +76,8 @@ class Head(nn.Module):
             self.scale_factor = config.d_model**0.5
         else:
             self.norm = build_norm(config, config.d_model)
+        self.token_rows: nn.Module | None = None
+        """Puts the rows of some tokens in the place of its own (`TrainedRows`)."""
         self.loss = LinearCrossEntropy(config)
         self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
         """Hidden states and weight to logits; who cuts the vocabulary puts another in its place."""
@@ -96,6 +98,8 @@ class Head(nn.Module):
         """
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
+        if self.token_rows is not None:
+            weight = self.token_rows(weight)
         normed = self.norm(x)
         hidden = self._scaled(normed)
         if self.scale is not None:  # of the logits, which nobody has to write out for it

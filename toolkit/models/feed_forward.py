@@ -70,14 +70,19 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(inputs[0], inputs[2], inputs[1]))
         self.num_experts = moe.num_experts
         self.activation = ACTIVATIONS[config.feed_forward]
+        self.adapters = nn.ModuleDict()
+        """Of a matrix by its name: what adds to the product with it (`lora.AdaptedExperts`)."""
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """`(rows, d_model)`, sorted by expert, to the same shape; `ends`, `(num_experts,)` int32,
         says where the rows of each expert stop."""
-        gate, up, down = (self._stacked(weight) for weight in (self.gate, self.up, self.down))
-        ends = ends_for(x, gate, ends)
-        gated = self.activation(grouped_linear(x, gate, ends))
-        return grouped_linear(gated * grouped_linear(x, up, ends), down, ends)
+        ends = ends_for(x, self._stacked(self.gate), ends)
+        gated = self.activation(self._product("gate", x, ends))
+        return self._product("down", gated * self._product("up", x, ends), ends)
+
+    def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        out = grouped_linear(x, self._stacked(getattr(self, name)), ends)
+        return self.adapters[name](out, x, ends) if name in self.adapters else out
 
     def _stacked(self, weight: Tensor) -> Tensor:
         """`(num_experts, out, in)`; who stores the weights may keep them as one long matrix."""

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import re
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ CUT = 3.0
 
 _WRAPPERS = re.compile(
     r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\."
-    r"|base_layer\.|(?<=\.lora_[AB]\.)default\."
+    r"|base_layer\.|(?<=\.experts\.)adapters\."
 )
 _RESIDUAL_OUTPUTS = (
     "attention.output.weight",
@@ -43,7 +43,7 @@ _SCALES = (".query_scale", ".key_scale", ".alpha", "head.scale")
 
 
 class InitSpec(NamedTuple):
-    kind: Literal["normal", "zeros", "ones", "constant", "decay_rate", "time_step"]
+    kind: Literal["normal", "zeros", "ones", "constant", "of_weight", "decay_rate", "time_step"]
     """The last two: A_log and dt_bias of Gated DeltaNet, see `DeltaNetConfig`."""
     std: float = 0.0
     """Standard deviation before the cut (`normal`)."""
@@ -52,6 +52,16 @@ class InitSpec(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     """Of uniform numbers (`decay_rate`, `time_step`)."""
+    weight: str = ""
+    """The parameter that it begins as a part of (`of_weight`)."""
+    rows: tuple[int, ...] | None = None
+    """These rows of it; None: the norm of each of its rows."""
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """`of_weight`: the initial values, of the whole `weight`."""
+        if self.rows is None:
+            return torch.linalg.vector_norm(weight, dim=1)
+        return weight[list(self.rows)]
 
 
 def canonical_name(name: str) -> str:
@@ -77,7 +87,9 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
 
     Norm weights are one less `config.norm_weight_offset`, so that norms multiply by one; biases and
     sinks are zero, scales of an nGPT as in its paper, the rest normal with `config.init_std`, which
-    muP scales for a model `width_multiplier` times as wide as its base (`width_factor`).
+    muP scales for a model `width_multiplier` times as wide as its base (`width_factor`). Of
+    adapters, B is zero and A has the variance of `peft`'s; magnitudes and rows of tokens begin as
+    what the weight has.
     """
     config = cast(TransformerConfig, model.config)
     residual_std = config.init_std
@@ -87,8 +99,12 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
     norm_weight = InitSpec("constant", value=1.0 - offset) if offset else InitSpec("ones")
     specs = {}
     for name, parameter in canonical_parameters(model).items():
-        if name.endswith(".lora_A.weight"):
-            specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[1]))
+        if (spec := spec_of_weight(name, model)) is not None:
+            specs[name] = spec
+        elif name == "embeddings.tokens.lora_A.weight":
+            specs[name] = InitSpec("normal", 1.0)
+        elif name.endswith(".lora_A.weight"):
+            specs[name] = InitSpec("normal", 1.0 / math.sqrt(3 * parameter.shape[-1]))
         elif name.endswith((".lora_B.weight", ".bias", ".sinks")):
             specs[name] = InitSpec("zeros")
         elif name.endswith("attention.output_norm.weight"):
@@ -110,6 +126,17 @@ def init_spec(model: nn.Module, width_multiplier: float = 1.0) -> dict[str, Init
             std = residual_std if is_output else config.init_std
             specs[name] = InitSpec("normal", std * width_factor(name, width_multiplier))
     return specs
+
+
+def spec_of_weight(name: str, model: nn.Module) -> InitSpec | None:
+    """Of a parameter of an adapter that begins as a part of a weight; None: of all others."""
+    if name.endswith(".lora_magnitude"):
+        return InitSpec("of_weight", weight=f"{name.rpartition('.')[0]}.weight")
+    if name.endswith(".token_rows.weight"):
+        weight = f"{name.removesuffix('.token_rows.weight')}.weight"
+        adapters: Any = model.adapters
+        return InitSpec("of_weight", weight=weight, rows=adapters.tokens)
+    return None
 
 
 def width_factor(name: str, multiplier: float) -> float:
@@ -150,14 +177,18 @@ def fill_flat_(
 @torch.no_grad()
 def initialize_(model: nn.Module, seed: int) -> None:
     """Fill all parameters of an unsharded `model` that has storage."""
-    specs = init_spec(model)
+    specs, parameters = init_spec(model), canonical_parameters(model)
     is_normalized = cast(TransformerConfig, model.config).is_normalized
     initialize_buffers_(model)
-    for name, parameter in canonical_parameters(model).items():
+    for name, parameter in parameters.items():
         flat, spec = parameter.view(-1), specs[name]
-        fill_flat_(flat, name=name, numel=flat.numel(), start=0, spec=spec, seed=seed)
+        if spec.kind != "of_weight":
+            fill_flat_(flat, name=name, numel=flat.numel(), start=0, spec=spec, seed=seed)
         if is_normalized and (dim := unit_dimension(name)) is not None:
             lengthen_(parameter, squared_lengths(parameter, dim), dim)
+    for name, spec in specs.items():
+        if spec.kind == "of_weight":
+            parameters[name].copy_(spec.part_of(parameters[spec.weight]))
 
 
 @functools.lru_cache(maxsize=1)  # a rank that holds columns asks for one block again and again

@@ -7,7 +7,7 @@ No torch: a dry run and the first moments of a real one check patterns against t
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from toolkit.config.base import matching
@@ -23,7 +23,8 @@ QUANTIZE = f"{LORA}.quantize_base"
 BLOCK, GROUP = 64, 256
 """Of `nf4`: weights that share a scale, and scales that share a step."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_ADAPTER = re.compile(r"\.lora_[AB]\.weight\Z")
+_ADAPTER = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude|token_rows\.weight)\Z")
+TOKENS = "embeddings.tokens"
 
 
 class ParameterInfo(NamedTuple):
@@ -56,15 +57,33 @@ def parameter_shapes(model: Architecture, lora: LoRAConfig | None = None) -> dic
     if lora is None:
         return whole
     adapted, shapes = set(adapted_layers(model, lora)), {}
+    waiting: dict[str, Shape] = {}
     for name, shape in whole.items():
-        shapes[name] = shape
         layer, _, kind = name.rpartition(".")
-        # peft's module comes last in a layer: behind its bias, where it has one.
-        if layer in adapted and (kind == "bias" or f"{layer}.bias" not in whole):
-            rows, columns = whole[f"{layer}.weight"]
-            shapes[f"{layer}.lora_A.weight"] = (lora.rank, columns)
-            shapes[f"{layer}.lora_B.weight"] = (rows, lora.rank)
+        if lora.dora and kind == "weight" and layer in adapted:
+            shapes[f"{layer}.lora_magnitude"] = shape[:1]
+        if ".experts." not in name:
+            shapes |= waiting
+            waiting = {}
+        shapes[name] = shape
+        if name in adapted:  # stacked: behind all three of a layer's
+            waiting |= _low_rank(name, shape, lora.rank)
+        # A layer's modules come last: behind its bias, where it has one.
+        elif layer in adapted and (kind == "bias" or f"{layer}.bias" not in whole):
+            shapes |= _low_rank(layer, whole[f"{layer}.weight"], lora.rank)
+        if name == f"{TOKENS}.weight" and lora.trainable_tokens:
+            shapes[f"{TOKENS}.token_rows.weight"] = rows = (len(lora.trainable_tokens), shape[1])
+    if lora.trainable_tokens and "head.weight" in whole:
+        shapes["head.token_rows.weight"] = rows
     return shapes
+
+
+def _low_rank(layer: str, shape: Shape, rank: int) -> dict[str, Shape]:
+    *stacked, rows, columns = shape
+    return {
+        f"{layer}.lora_A.weight": (*stacked, rank, columns),
+        f"{layer}.lora_B.weight": (*stacked, rows, rank),
+    }
 
 
 def linear_layers(model: Architecture) -> dict[str, Shape]:
@@ -73,26 +92,66 @@ def linear_layers(model: Architecture) -> dict[str, Shape]:
     return {name.removesuffix(".weight"): shape for name, shape in named if _is_linear(name)}
 
 
+def stacked_experts(model: Architecture) -> dict[str, Shape]:
+    """Name of the stacked matrices of experts -> `(num_experts, out, in)`, in the model's order."""
+    named = whole_model(model)
+    return {name: shape for name, shape in named if ".experts." in name and len(shape) == 3}
+
+
 def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
-    """Names of the linear layers that get an adapter, in the model's order. Raises ConfigError: a
-    pattern matches no linear layer, or stacked weights of experts, which take no adapter."""
-    shapes, linear = dict(whole_model(model)), list(linear_layers(model))
+    """Names of the layers that get an adapter, in the model's order. Raises ConfigError: a pattern
+    matches none, a layer is narrower than the rank, or takes no adapter of that kind; a token has
+    no row, or its row is trained otherwise too."""
+    shapes, stacked = dict(whole_model(model)), stacked_experts(model)
+    known = {name: s for name, s in shapes.items() if name in stacked or _is_linear(name)}
+    layers = {name.removesuffix(".weight"): shape for name, shape in known.items()}
     chosen: set[str] = set()
     found = ErrorList()
+
+    def refuse(problem: str, field: str = "target_modules") -> None:
+        found.add(ConfigError(problem, key=f"{LORA}.{field}"))
+
     for pattern in lora.target_modules:
-        hits = fnmatch.filter(linear, pattern)
-        stacked = [n for n in shapes if len(shapes[n]) > 2 and fnmatch.fnmatchcase(n, pattern)]
-        problem = "" if hits else f"matches no linear layer{_examples(shapes, pattern, linear)}"
-        if stacked:
-            problem = (
-                f"matches {stacked[0]}, stacked weights of experts, which take no adapter; name "
-                "linear layers only, such as *.attention.*"
-            )
-        if problem:
-            found.add(ConfigError(f"{pattern!r} {problem}", key=f"{LORA}.target_modules"))
+        hits = [TOKENS] if pattern == TOKENS else fnmatch.filter(layers, pattern)
+        if not hits:
+            where = _examples(shapes, pattern, list(layers))
+            refuse(f"{pattern!r} matches no linear layer{where}")
         chosen.update(hits)
+    layers[TOKENS] = shapes[f"{TOKENS}.weight"]
+    names = [name.removesuffix(".weight") for name in shapes]
+    adapted = [name for name in names if name in chosen]
+    narrow = min(adapted, key=lambda name: min(layers[name][-2:]), default=None)
+    if narrow is not None and lora.rank > (least := min(layers[narrow][-2:])):
+        rows, columns = layers[narrow][-2:]
+        refuse(
+            f"{lora.rank} is more than {narrow} has ({rows} x {columns}); use at most {least}",
+            "rank",
+        )
+    experts = next((name for name in adapted if name in stacked), None)
+    if experts is not None and (lora.dora or lora.dropout):
+        what, field = ("", "dora") if lora.dora else (f"{lora.dropout} ", "dropout")
+        advice = 'target_modules: ["*.attention.*"]'
+        refuse(f"{what}does not go with adapters on experts ({experts}); use {advice}", field)
+    if TOKENS in chosen and lora.dora:
+        refuse(f"is for linear layers; leave {TOKENS} out of target_modules", "dora")
+    _check_tokens(model, lora, refuse, is_adapted=TOKENS in chosen)
     found.raise_any()
-    return [name for name in linear if name in chosen]
+    return adapted
+
+
+def _check_tokens(
+    model: Architecture, lora: LoRAConfig, refuse: Callable[..., None], *, is_adapted: bool
+) -> None:
+    field, last = "trainable_tokens", model.vocab_size - 1
+    if outside := [token for token in lora.trainable_tokens if not 0 <= token <= last]:
+        refuse(f"{outside[0]} is no token of the model; its ids are 0 to {last}", field)
+    if not lora.trainable_tokens:
+        return
+    if is_adapted:
+        refuse(f"does not go with an adapter on {TOKENS}; leave one of them out", field)
+    for name in (f"{TOKENS}.weight", "head.weight"):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in lora.train_also):
+            refuse(f"{name} is trained whole (train_also); leave one of them out", field)
 
 
 class QuantisedLayers(NamedTuple):
@@ -115,9 +174,12 @@ def quantised_layers(model: Architecture, lora: LoRAConfig | None) -> QuantisedL
         return None
     linear = linear_layers(model)
     names = linear if lora.quantize_all else adapted_layers(model, lora)
-    chosen = {name: linear[name] for name in names if not is_trained(f"{name}.weight", lora)}
+    frozen = [name for name in names if not is_trained(f"{name}.weight", lora)]
+    chosen = {name: linear[name] for name in frozen if name in linear}
     if not chosen:
         problem = "every layer with an adapter is trained whole (train_also); leave it out"
+        if frozen or not names:
+            problem = "is for linear layers, and none has an adapter; leave it out"
         raise ConfigError(problem, key=QUANTIZE)
     return QuantisedLayers(lora.quantize_base, chosen)
 
@@ -206,8 +268,9 @@ def flops_per_token(
     total, infos = flops_of_all(model, sequence_length), parameters.infos
     trained = {name for name, info in infos.items() if info.is_trained}
     lowest = min((_first_block(name, model.num_layers) for name in trained), default=0)
-    head = "embeddings.tokens.weight" if model.tie_embeddings else "head.weight"
-    if head not in trained or trained == {"head.weight"}:
+    head = TOKENS if model.tie_embeddings else "head"
+    own = {f"{head}.{kind}" for kind in ("weight", "token_rows.weight", "lora_B.weight")}
+    if not own & trained or trained == {"head.weight"}:
         total -= 2 * model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
     for name, info in infos.items():
         block = _BLOCK.match(name)

@@ -164,7 +164,7 @@ def quantise_layers(model: nn.Module, quantised: QuantisedLayers) -> None:
         parent, _, last = name.rpartition(".")
         owner: nn.Module = model.get_submodule(parent)
         linear = owner.get_submodule(last)
-        if hasattr(linear, "base_layer"):  # peft's, around the layer
+        if hasattr(linear, "base_layer"):  # an adapter's, around the layer
             owner, last, linear = linear, "base_layer", linear.get_submodule("base_layer")
         assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}"
         assert not linear.weight.requires_grad, f"{name} is trained"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from toolkit.models.adapter_state import AdapterState
 from toolkit.models.attention import Attention
 from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.delta_net import GatedDeltaNet, RowDocuments
@@ -147,6 +148,8 @@ class Transformer(nn.Module):
         """Build on `init_device` with the initial values of `seed`; "meta": without storage."""
         super().__init__()
         self.config = config
+        self.adapters: AdapterState | None = None
+        """Of a model with adapters, what they share."""
         self.masks: MaskMaker = row_masks
         self.masked_backend: MaskedBackend | None = None
         """How masked attention is to be computed; None: the best way here."""
@@ -195,6 +198,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         starts: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
+        dropout_keys: Tensor | None = None,
     ) -> Any:
         """Logits, or the sums of the loss. Raises ValueError: see `check_rows`.
 
@@ -210,6 +214,8 @@ class Transformer(nn.Module):
                 tells them has checked the rows.
             starts: as `document_starts` tells them from the document ids, which is the default.
             z_loss_multiplier: weight of logsumexp(logits)^2 in the loss.
+            dropout_keys: `(batch, seq)` int32, for the dropout of adapters (`adapter_state`);
+                default: none.
 
         Returns:
             Without labels: `(batch, seq, vocab_size)` in the compute type, no padding ids.
@@ -218,6 +224,8 @@ class Transformer(nn.Module):
             Of a stage without a head: the residual stream, and its part of `RouterSums` or None.
         """
         config, seq = self.config, input_ids.shape[1]
+        if self.adapters is not None:  # until the next forward: blocks may be computed again
+            self.adapters.keys = dropout_keys
         if positions is None:
             check_rows(config, input_ids, document_ids)
         # Positions that are told can be anywhere in a row of which only a part is here.

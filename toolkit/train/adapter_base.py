@@ -87,6 +87,9 @@ def check_adapter(
     before, adapter = saved.extra.get("adapter"), msgspec.to_builtins(lora)
     if before is None:
         return
+    with guard(f"{checkpoint}: its adapter", CheckpointError):
+        # Of an older release it lacks what had no choice then.
+        before = msgspec.to_builtins(msgspec.convert(before, LoRAConfig))
     if weights_only:
         raise CheckpointError(f"{checkpoint}: holds an adapter, not a whole model; {MERGE}")
     if lora is None:
@@ -97,7 +100,8 @@ def check_adapter(
     changed = [
         f"train_module.lora.{name} (was {_show(before.get(name))}, is {_show(value)})"
         for name, value in adapter.items()
-        if _show(before.get(name)) != _show(value)
+        if name != "dropout"  # it may change, as a rate may
+        and _show(before.get(name)) != _show(value)
     ]
     if changed:
         raise CheckpointError(

@@ -125,6 +125,10 @@ class TrainModule(ABC):
         `base_tensors` has their like on the meta device."""
         yield self.base_tensors()
 
+    def fill_from_base(self, read: Callable[[dict[str, torch.Tensor]], None]) -> None:  # noqa: B027
+        """Called once `base_tensors` are loaded for a run that begins: fill what begins as a part
+        of them. `read` fills whole tensors (`model.*`); every rank calls it alike."""
+
     @functools.cached_property
     def averages(self) -> list[Callable[[], AbstractContextManager[Any]]]:
         """Where averaged weights come from: functions whose context managers put them into the

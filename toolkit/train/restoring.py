@@ -220,9 +220,15 @@ def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]
     # Of all at once: a pattern that changes no name is an error, and may change those of one part.
     stored = renamed(dict(zip(weights, weights, strict=True)), state.config.load_key_mapping)
     new_name = {own: new for new, own in stored.items()}
-    for part in module.base_parts():
+
+    def read(part: dict[str, torch.Tensor]) -> None:
         # Under no name here, which would keep a part alive beside the next.
         load_weights(base, {new_name[n]: t for n, t in part.items()}, state.environment.cpu_group)
+
+    for part in module.base_parts():
+        read(part)
+    if start.weights_only:
+        module.fill_from_base(read)
     module.base = describe_base(base)
 
 

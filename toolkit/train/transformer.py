@@ -9,7 +9,7 @@ each local sum is scaled by ranks / number where the engine averages gradients o
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.fully_sharded import describe_gathers
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
+from toolkit.distributed.shards import fill_part
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, TrainingError
+from toolkit.models.adapter_state import dropout_keys
 from toolkit.models.attention import Attention
-from toolkit.models.init import canonical_name, canonical_parameters
+from toolkit.models.init import canonical_name, canonical_parameters, spec_of_weight
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
@@ -38,7 +40,7 @@ from toolkit.models.parameters import (
     is_trained,
     quantised_layers,
 )
-from toolkit.models.quantised import QuantisedLinear, quantised_linears
+from toolkit.models.quantised import quantised_linears
 from toolkit.models.router import RouterSums, update_biases
 from toolkit.models.sdpa import choose_attention, masked_backend
 from toolkit.models.shapes import SCORE_BIAS
@@ -154,6 +156,7 @@ class TransformerTrainModule(EngineTrainModule):
 
     def train_batch(self, batch: Batch) -> dict[str, Metric]:
         inputs = self._inputs(batch)
+        inputs = inputs._replace(dropout_keys=self._dropout_keys(inputs.input_ids))
         # Without targets the mean is NaN; what is scaled by 1 then, not divided by 0, is zero.
         count = self._num_targets(batch, inputs.labels)
         num_targets = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
@@ -239,7 +242,7 @@ class TransformerTrainModule(EngineTrainModule):
             for key, tensor in self.base_tensors().items()
             if key.removeprefix(MODEL_PREFIX) not in layers
         }
-        for names in _parts(layers):
+        for names in _parts({name: layer.shape for name, layer in layers.items()}):
             device = self.environment.device
             part = {
                 f"{MODEL_PREFIX}{name}": torch.empty(layers[name].shape, device=device)
@@ -284,10 +287,30 @@ class TransformerTrainModule(EngineTrainModule):
         module: Any = self.engine.module
         return module.modules_in_order() if isinstance(module, Stages) else [module]
 
+    def fill_from_base(self, read: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        """Fill what begins as a part of the base's weights, of whole ones that `read` fills."""
+        tensors, shards = self.engine.state_tensors(), self.engine.shards
+        specs = {name: spec_of_weight(name, self.engine.module) for name in shards}
+        wanted = {name: spec for name, spec in specs.items() if spec is not None}
+        sources = {spec.weight: shards[spec.weight].shape for spec in wanted.values()}
+        for names in _parts(sources):
+            whole = {f"{MODEL_PREFIX}{name}": torch.empty(sources[name]) for name in names}
+            read(whole)
+            for name, spec in wanted.items():
+                if spec.weight in names:
+                    values = spec.part_of(whole[f"{MODEL_PREFIX}{spec.weight}"])
+                    fill_part(tensors[f"{MODEL_PREFIX}{name}"], shards[name], values)
+
     def _check_gradients(self) -> None:
         """After the first backward: that it reached all that is trained. A kernel that forgets a
         gradient would leave a parameter as it is, without a word."""
         self._is_checked = True
+        lora, adapters = self.config.lora, getattr(self.engine.module, "adapters", None)
+        if lora is not None and lora.dropout and (adapters is None or adapters.keys is None):
+            raise TrainingError(
+                "train_module.lora.dropout: this train module gives the model no dropout_keys; set "
+                "it to 0"
+            )
         if self.environment.layout.zero_stage:  # DeepSpeed has taken them away
             return
         parameters = canonical_parameters(self.engine.module)
@@ -307,6 +330,18 @@ class TransformerTrainModule(EngineTrainModule):
         input_ids, document_ids = moved["input_ids"], moved.get("document_ids")
         labels = shift_labels(input_ids, moved.get("label_mask"), document_ids)
         return Microbatch(input_ids, labels, document_ids)
+
+    def _dropout_keys(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Of this rank's rows of the global batch, `(rows, seq)`; None: adapters have no dropout.
+        A train module that calls the model itself gives it these (`dropout_keys=`)."""
+        lora = self.config.lora
+        if lora is None or not lora.dropout:
+            return None
+        environment, (rows, length) = self.environment, input_ids.shape
+        first = environment.layout.batch_rank(environment.rank) * rows
+        step = 0 if self.progress is None else self.progress.step
+        own = range(first, first + rows)
+        return dropout_keys(environment.seed, step, own, length, input_ids.device)
 
     def _num_targets(self, batch: Batch, labels: torch.Tensor) -> int | torch.Tensor:
         """Targets in the global batch."""
@@ -349,15 +384,16 @@ class TransformerTrainModule(EngineTrainModule):
         return [inputs] if len(inputs.input_ids) <= rows else inputs.split(rows)
 
 
-def _parts(layers: Mapping[str, QuantisedLinear]) -> Iterator[list[str]]:
+def _parts(shapes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
     """Their names, of as many at once as `PART_BYTES` hold."""
     names: list[str] = []
     size = 0
-    for name, layer in layers.items():
-        own = 4 * math.prod(layer.shape)
+    for name, shape in shapes.items():
+        own = 4 * math.prod(shape)
         if names and size + own > PART_BYTES:
             yield names
             names, size = [], 0
         names.append(name)
         size += own
-    yield names
+    if names:
+        yield names

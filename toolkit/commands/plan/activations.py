@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter
+from toolkit.commands.plan.pieces import local_shape
 from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.shapes import loss_chunk_rows
 
@@ -68,6 +69,47 @@ def block_activations(job: Job, *, sparse: bool, linear: bool = False) -> Activa
         feed_forward += gathered + tokens * -(-model.intermediate_size // tp) * size * kept
     attention = gathered + (_delta_net(job) if linear else _attention(job))
     return Activations(residual, attention, feed_forward)
+
+
+def of_adapters(
+    job: Job, parameters: tuple[Parameter, ...], *, sparse: bool
+) -> tuple[Activations, Activations]:
+    """(what a block of these parameters keeps besides, what of `block_activations` it does not
+    keep): adapters add their own, and a layer whose weight is frozen needs no input."""
+    trained = {p.name for p in parameters if p.is_trained}
+    shapes = {p.name: local_shape(p.name, p.shape, job.model, job.layout.tp, 1) for p in parameters}
+    dropout, size = job.parts.has_dropout, job.compute_bytes
+    attention = feed_forward = 0.0
+    for name, shape in shapes.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind != "lora_A" or not {name, f"{layer}.lora_B.weight"} & trained:
+            continue
+        rows = job.tokens
+        if ".experts." in layer and job.model.moe is not None:
+            rows *= job.model.moe.top_k
+        kept = rows * shape[-2] * size
+        if dropout:  # its own input, and what of it is zero
+            kept += rows * shape[-1] * (size + 1)
+        if f"{layer}.lora_magnitude" in shapes:
+            kept += rows * shapes[f"{layer}.lora_B.weight"][0] * size
+        if layer.startswith("attention."):
+            attention += kept
+        else:
+            feed_forward += kept
+    needed = {name.removesuffix(".weight") for name in trained}
+    if not dropout:
+        needed |= {name.removesuffix(".lora_A") for name in needed}
+    block_input = job.tokens * job.model.d_model * size
+    spared = Activations()
+    if not needed & {"attention.query", "attention.key", "attention.value"}:
+        spared += Activations(attention=block_input)
+    if not sparse:
+        if not needed & {"feed_forward.gate", "feed_forward.up"}:
+            spared += Activations(feed_forward=block_input)
+        if "feed_forward.down" not in needed:
+            inner = -(-job.model.intermediate_size // job.layout.tp)
+            spared += Activations(feed_forward=job.tokens * inner * size)
+    return Activations(attention=attention, feed_forward=feed_forward), spared
 
 
 def casts(job: Job, matrices: int) -> float:
@@ -236,6 +278,8 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     columns = -(-model.padded_vocab_size // tp)
     times = 1 + model.num_mtp_layers
     weight_grad = times * FP32 * columns * width if head.is_trained else 0
+    # What adapters make of it is another table.
+    changed = FP32 * columns * width if head.name in job.parts.adapted_tables else 0
     hidden_grad = times * rows * width * size
     norm_input = times * job.chunk_tokens * (width * size + FP32)
     num_chunks, chunk = loss_chunks(job)
@@ -249,4 +293,5 @@ def loss_memory(job: Job, head: Parameter | None) -> LossMemory:
     copy = size * columns * width if job.precision != "fp32" and not job.layout.is_fsdp else 0
     hidden = rows * width * size
     working = hidden + chunk * columns * numbers + copy
-    return LossMemory(norm_input + hidden_grad + weight_grad, working, hidden_grad + weight_grad)
+    kept = norm_input + hidden_grad + weight_grad + changed
+    return LossMemory(kept, working, hidden_grad + weight_grad)

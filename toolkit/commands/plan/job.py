@@ -12,7 +12,12 @@ from toolkit.distributed.launcher import offloads
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.pipeline import plan_pipeline
 from toolkit.models.config import TransformerConfig
-from toolkit.models.parameters import QuantisedLayers, TrainedParameters, flops_per_token
+from toolkit.models.parameters import (
+    QuantisedLayers,
+    TrainedParameters,
+    flops_per_token,
+    is_adapter,
+)
 from toolkit.models.shapes import Shape, mixing_flops, used_weights
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
@@ -93,9 +98,11 @@ class ModelParts:
         sequence_length: int,
         optim: Optimizer | None = None,
         quantised: QuantisedLayers | None = None,
+        *,
+        has_dropout: bool = False,
     ) -> None:
-        """`optim` says which matrices are Muon's; None: none."""
-        self.parameters, self.quantised = parameters, quantised
+        """`optim` says which matrices are Muon's; None: none. `has_dropout`: adapters do."""
+        self.parameters, self.quantised, self.has_dropout = parameters, quantised, has_dropout
         self._model = model
         first_ahead = model.num_layers
         num_blocks = model.num_layers + model.num_mtp_layers
@@ -120,6 +127,12 @@ class ModelParts:
         for multi-token prediction come after the last layer, with what belongs to them."""
         self.outside = tuple(outside)
         """Parameters of embeddings and head, by their full names."""
+        self.adapted_tables = {
+            f"{p.name.removesuffix('.weight').rpartition('.')[0]}.weight"
+            for p in outside
+            if p.is_trained and is_adapter(p.name)
+        }
+        """Of those, the names of tables to which an adapter adds."""
         self.sparse = frozenset(n for n in range(num_blocks) if model.has_experts(n))
         self.products_of = {
             block: float(sum(2 * used_weights(model, p.shape) for p in block if len(p.shape) > 1))

@@ -15,6 +15,7 @@ from toolkit.commands.plan.activations import (
     block_input,
     casts,
     loss_memory,
+    of_adapters,
     saved_results,
 )
 from toolkit.commands.plan.devices import CPU
@@ -239,7 +240,9 @@ class _Blocks:
         least = Activations(residual=block_input(job))
         for group, unit in zip(groups, fixed.blocks, strict=True):
             kind = {"sparse": group.is_sparse, "linear": group.is_linear}
-            whole = kept = block_activations(job, **kind)
+            whole = block_activations(job, **kind)
+            added, spared = of_adapters(job, group.parameters, sparse=group.is_sparse)
+            whole = kept = whole + added + spared.times(-1)
             saved = least + saved_results(job, **kind)
             if group.repeated:
                 again = max(again, whole.total - saved.total)
@@ -272,7 +275,9 @@ def head_of(job: Job, stage: Stage) -> Parameter | None:
     if not stage.has_head:
         return None
     name = "embeddings.tokens.weight" if job.model.tie_embeddings else "head.weight"
-    return next(p for p in job.parts.outside if p.name == name)
+    head = next(p for p in job.parts.outside if p.name == name)
+    # Its gradient is needed whole for that of an adapter.
+    return head._replace(is_trained=head.is_trained or name in job.parts.adapted_tables)
 
 
 def _block_working(job: Job, stage: Stage) -> float:

@@ -87,7 +87,10 @@ def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: 
     if ".experts." in name and len(shape) == 3:
         if ep > 1:
             return (shape[0] // ep, *shape[1:])
-        return _cut(shape, 2 if name.endswith("down") else 1, tp)
+        kind = name.partition(".experts.")[2].removesuffix(".weight")
+        if kind in ("down.lora_B", "gate.lora_A", "up.lora_A"):
+            return shape
+        return _cut(shape, 2 if kind.startswith("down") else 1, tp)
     if tp == 1 or ".router." in name:
         return shape
     part, _, kind = name.rpartition(".")

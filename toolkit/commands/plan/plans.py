@@ -78,9 +78,17 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         precision = "fp32" if target.device.name == CPU else "bf16"
     length, model = config.dataset.sequence_length, config.model.to_transformer()
     quantised = quantised_layers(model, module.lora)
+    has_dropout = module.lora is not None and module.lora.dropout > 0
     return Job(
         model=model,
-        parts=ModelParts(model, check_parameters(config), length, module.optim, quantised),
+        parts=ModelParts(
+            model,
+            check_parameters(config),
+            length,
+            module.optim,
+            quantised,
+            has_dropout=has_dropout,
+        ),
         layout=layout,
         sequence_length=length,
         rows=max(1, rank_microbatch_size(config, ranks) // length),

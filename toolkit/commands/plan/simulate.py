@@ -136,7 +136,7 @@ def _step(
     job: Job, environment: TrainingEnvironment, config: TransformerTrainModuleConfig
 ) -> tuple[Counter, int, int]:
     """Count one step; bytes of the weights and of the optimizer's state."""
-    with unset_fake_temporarily():  # peft moves its adapters
+    with unset_fake_temporarily():  # adapters are made on the meta device
         model: nn.Module = job.model.build(init_device="meta")
         choose_trained(model, freeze=config.freeze, lora=config.lora)
     for module in model.modules():
