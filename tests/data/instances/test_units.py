@@ -253,5 +253,8 @@ def test_merging_and_splitting_keep_units_together(tmp_path: Path) -> None:
     conversations = dataset(tmp_path, [{"prompt": "a", "completion": "b"}] * 4, dataset_name="sft")
     conversations = conversations.replace(instructions=InstructionsConfig())
     other = prepare_dataset(conversations, progress=False)
+    manifest = json.loads((other.folder / "dataset.json").read_text())
+    assert "unit" not in manifest, "the files of other data stay what they were"
+    assert "kind" not in manifest["settings"]["instructions"]
     with pytest.raises(DataError, match=r"differ in what they hold \(pairs of a chosen"):
         merge_datasets([first.folder, other.folder], tmp_path / "both", progress=False)
