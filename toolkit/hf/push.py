@@ -1,6 +1,7 @@
 """Exported folders as repositories of the Hugging Face hub, or of what HF_ENDPOINT names."""
 
 import os
+import shlex
 from pathlib import Path
 
 from toolkit.errors import CheckpointError
@@ -38,7 +39,7 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str)
     except Exception as error:  # of httpx, huggingface_hub, hf_xet and the system
         raise CheckpointError(
             f"--push-to-hub {repo}: {_reason(error)}; the export is in {folder}, and "
-            f"`hf upload {repo} {folder}` tries again"
+            f"`{shlex.join(['hf', 'upload', repo, str(folder)])}` tries again"
         ) from None
     return str(created)
 
