@@ -203,7 +203,7 @@ def test_data_of_another_kind_than_trained_is_refused_in_one_line(tmp_path: Path
         with pytest.raises(ConfigError, match=r"kto needs completions with a label, and .*pairs"):
             check_data_kind(cfg, "binary", trains="kto", info=info)
     with_text = cfg.replace(dataset=config.replace(eval_sets={"web": text}))
-    with pytest.raises(ConfigError, match=r"dpo needs pairs.*dataset.eval_sets.web holds text"):
+    with pytest.raises(ConfigError, match=r"eval_sets.web holds text or conv.*; give it rows"):
         check_data_kind(with_text, "pair", trains="dpo")
     with pytest.raises(ConfigError, match=r"eval_sets.web: the training data and web do not go"):
         prepare_corpus(with_text, progress=False)
