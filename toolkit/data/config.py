@@ -37,6 +37,7 @@ from toolkit.data.source_config import (  # noqa: F401
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.data.tokens.units import UNIT_OF, UnitKind
 from toolkit.storage.urls import check_stores
 
 
@@ -246,10 +247,25 @@ class DatasetConfig(Config, kw_only=True):
         given = [name for name in ("source", "mix", "custom") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
+        for field in ("instances", "eval_instances"):
+            kind = getattr(self, field)
+            if self.unit is not None and isinstance(
+                kind, FixedInstancesConfig | VariableInstancesConfig
+            ):
+                raise ValueError(
+                    f"{field} of type {kind.__struct_config__.tag} cut documents, and those of "
+                    f"{self.unit} data (instructions.kind) stay whole; set {field} to "
+                    "{type: packed} or {type: padded}"
+                )
         if self.tokenizer is None and not (
             self.source is None or isinstance(self.source, TokenFilesSourceConfig)
         ):
             raise ValueError("tokenizer may be null only for a source of type token_files")
+
+    @property
+    def unit(self) -> UnitKind | None:
+        """What rows of preference or binary data become; None: these are others."""
+        return None if self.instructions is None else UNIT_OF.get(self.instructions.kind)
 
 
 class DataLoaderConfig(Config, kw_only=True):
