@@ -114,16 +114,9 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.5, **WINDOW}),
     "phi3_tied": ("phi3", {"tie_word_embeddings": True, **rope(500.0)}),
     "olmo": ("olmo", {"clip_qkv": 0.7, "hidden_size": 72}),
-    "olmo_biases_tied": ("olmo", {"attention_bias": True, "tie_word_embeddings": True}),
-    "cohere": ("cohere", {"hidden_size": 72, "logit_scale": 0.2, **rope(1000.0)}),
-    "cohere_biases_untied": (
+    "cohere": (
         "cohere",
-        {
-            "hidden_size": 72,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            **rope(1000.0, **LINEAR),
-        },
+        {"hidden_size": 72, "logit_scale": 0.2, "attention_bias": True, **rope(1e3, **LINEAR)},
     ),
     "cohere2": (
         "cohere2",
@@ -183,10 +176,6 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("glm", {"head_dim": 16, **rope(1000.0, partial_rotary_factor=0.5)}),
     "glm4": ("glm4", {"head_dim": 32, "partial_rotary_factor": 0.25, "attention_bias": False}),
-    "glm4_whole_heads_linear": (
-        "glm4",
-        {"head_dim": 8, **rope(1000.0, partial_rotary_factor=1.0, **LINEAR)},
-    ),
     "starcoder2": (
         "starcoder2",
         {"hidden_size": 72, "hidden_act": "gelu_new", "tie_word_embeddings": False, **WINDOW},

@@ -81,7 +81,7 @@ def test_transformers_gives_our_logits(name, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "layer_norm"}, r"nearest, LlamaForCausalLM, does not have: norm 'layer_norm'"),
+        ({"norm": "layer_norm"}, r"nearest, StableLmForCausalLM, does not have: bias False"),
         ({"positions": "learned"}, r"does not have: positions 'learned'"),
         ({"feed_forward": "gelu"}, r"does not have: feed_forward 'gelu'"),
         ({"qk_norm": "per_head", "parallel_residual": True}, r"Qwen3.*: parallel_residual True"),

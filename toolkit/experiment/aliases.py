@@ -49,8 +49,6 @@ _TYPES = {
 }
 """Dotted path -> value -> ours."""
 
-_THEIR_SECTION = "model.block."
-"""One that ours has not: it goes with its last value."""
 _PARAMETERS = {
     "embeddings.weight": "embeddings.tokens.weight",
     "lm_head.w_out.weight": "head.weight",
@@ -99,25 +97,25 @@ def implied(path: str, mode: Any) -> tuple[str, Any] | None:
 def _move(data: dict[str, Any], theirs: str, ours: str, path: str) -> None:
     """Rename a value of `data`, which lies at `path`."""
     *sections, name = theirs.removeprefix(f"{path}.").split(".")
-    container: Any = data
-    inside = [container]
+    containers: list[Any] = [data]
     for section in sections:
-        container = container.get(section) if isinstance(container, dict) else None
-        inside.append(container)
+        outer = containers[-1]
+        containers.append(outer.get(section) if isinstance(outer, dict) else None)
+    container = containers[-1]
     if not isinstance(container, dict) or name not in container:
         return
     value = container.pop(name)
-    for outer, section, inner in reversed(list(zip(inside, sections, inside[1:], strict=False))):
-        if not inner and theirs.startswith(_THEIR_SECTION):
+    for section, outer in zip(reversed(sections), reversed(containers[:-1]), strict=True):
+        if not outer[section]:  # of which nothing else was given
             del outer[section]
-    if ours == _BUDGET:
-        container.setdefault("mode", "budget")
     *sections, name = ours.removeprefix(f"{path}.").split(".")
     container = data
     for section in sections:
         container = container.setdefault(section, {})
         if not isinstance(container, dict):
             return  # which `resolve` names
+    if ours == _BUDGET:
+        container.setdefault("mode", "budget")
     if container.setdefault(name, value) != value:
         problem = f"{theirs} {shown(value)} and {ours} {shown(container[name])}"
         raise ConfigError(f"{problem}: two names of one value; give one", about=theirs)

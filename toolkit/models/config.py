@@ -83,6 +83,17 @@ class _Counts:
         return shapes.flops_per_token(self.to_transformer(), sequence_length)
 
 
+_OF_NGPT = {
+    "vocab_size", "vocab_multiple", "d_model", "num_layers", "num_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_sequence_length", "norm_placement", "norm_eps",
+    "rope_theta", "rope_scaling", "rotary_fraction", "rope_pattern", "sliding_rope_theta",
+    "sliding_window", "attention_pattern", "attention_gate", "attention_sinks",
+    "attention_soft_cap", "logit_soft_cap", "feed_forward", "tie_embeddings", "init_std",
+    "loss_chunk_size",
+}  # fmt: skip
+"""Fields that go with `norm_placement: normalized`."""
+
+
 class TransformerConfig(
     _Counts, Architecture, frozen=True, kw_only=True, tag_field="type", tag="transformer"
 ):
@@ -152,18 +163,14 @@ class TransformerConfig(
             )
 
     def _check_normalized(self) -> None:
-        """What of other models goes with an nGPT: nothing else is normalised or scaled."""
-        usual = {
-            "norm": "rms_norm", "qk_norm": "none", "positions": "rope", "norm_weight_offset": 0.0,
-            "parallel_residual": False, "residual_scale": 1.0, "embedding_scale": 1.0,
-            "logit_scale": 1.0, "attention_scale": None, "bias": False, "qkv_bias": None,
-            "clip_qkv": None, "attention_output_bias": None, "feed_forward_bias": None, "moe": None,
-            "init_scale_residual": False, "delta_net": None,
-        }  # fmt: skip
-        for name, value in usual.items():
-            given = getattr(self, name)
-            if given != value and (given or value):
-                raise ValueError(f"{name} does not go with norm_placement normalized; leave it out")
+        """Raise ValueError: it has a part that an nGPT has not."""
+        for field in msgspec.structs.fields(Architecture):
+            given = getattr(self, field.name)
+            is_usual = given == field.default or not (given or field.default)
+            if field.name not in _OF_NGPT and not is_usual:
+                raise ValueError(
+                    f"{field.name} does not go with norm_placement normalized; leave it out"
+                )
         if not self.is_gated:
             raise ValueError(
                 f"norm_placement normalized goes with feed_forward swiglu or geglu, not "
