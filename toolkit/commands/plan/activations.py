@@ -134,7 +134,7 @@ def saved_results(job: Job, *, sparse: bool, linear: bool = False) -> Activation
     query, key = heads * head, kv_heads * head
     # In the order in which a block computes them.
     attention = [query, key, key, model.d_model]
-    scores = query * size + heads * FP32
+    scores = float(query * size + heads * FP32)
     if linear and (net := _delta_net_of(job)) is not None:
         attention = [net.key_width, net.key_width, net.value_width, net.value_width]
         attention += [net.num_value_heads, net.num_value_heads, model.d_model]
@@ -206,7 +206,7 @@ def _delta_net(job: Job) -> float:
     heads, keys, values = net.num_value_heads, net.key_width, net.value_width
     spread = heads * net.key_head_dim  # keys of each value head
     # Before and after the convolutions; gate, its SiLU, output, its norm, and their product.
-    kept = size * (2 * (2 * keys + values) + 5 * values)
+    kept = float(size * (2 * (2 * keys + values) + 5 * values))
     kept += FP32 * 3 * heads
     # Queries and keys before and after they have length one.
     kept += FP32 * 4 * (keys + net.num_key_heads)
