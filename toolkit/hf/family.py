@@ -162,7 +162,9 @@ class Family(NamedTuple):
     block: Modules
     """Of each block, in the order of the state dict."""
     first: Modules = {"model.embed_tokens": "embeddings.tokens"}  # noqa: RUF012 (nobody changes it)
-    last: Modules = {"model.norm": "head.norm", "lm_head": "head"}  # noqa: RUF012
+    last: Modules = {  # noqa: RUF012
+        "model.norm": "head.norm", "lm_head": "head", "score": "head.score",
+    }  # fmt: skip
     """Before and after the blocks."""
     layers: str = "model.layers"
     """What blocks are called."""

@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
-from toolkit.models.loss import LinearCrossEntropy, LossSums, soft_capped
-from toolkit.models.norms import build_norm
+from toolkit.models.log_probs import TokenValues
+from toolkit.models.loss import LinearCrossEntropy, soft_capped
+from toolkit.models.norms import build_norm, widened
 
 
 class Embeddings(nn.Module):
@@ -59,7 +61,10 @@ class Head(nn.Module):
         self.soft_cap = config.logit_soft_cap
         self.norm = build_norm(config, config.d_model)
         self.weight: nn.Parameter | None = None
-        if not config.tie_embeddings:
+        self.score: nn.Linear | None = None
+        if config.num_scores is not None:
+            self.score = nn.Linear(config.d_model, config.num_scores, bias=False)
+        elif not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.loss = LinearCrossEntropy(config)
         self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
@@ -72,13 +77,17 @@ class Head(nn.Module):
         tied_weight: Tensor | None,
         *,
         z_loss_multiplier: float = 0.0,
-    ) -> Tensor | LossSums:
-        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums."""
+    ) -> Any:
+        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to what
+        `loss` makes of them. A head that scores gives `(batch, seq, num_scores)`, with labels the
+        first score of each token as `TokenValues`."""
+        hidden = self.norm(x)
+        if self.score is not None:
+            scores = self.score(hidden)
+            return scores if labels is None else TokenValues(widened(scores[..., 0]).clone())
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
-        hidden = self.norm(x)
         if labels is not None:
-            hidden, labels = hidden.flatten(0, 1), labels.flatten()
             return self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
         logits = self.project(hidden, weight)[..., : self.vocab_size]
         return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)

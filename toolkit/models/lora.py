@@ -5,8 +5,11 @@
 `blocks.0.attention.query.lora_A.weight` and `....lora_B.weight`.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from typing import Any
 
 from torch import nn
 
@@ -51,3 +54,18 @@ def _add_adapters(model: nn.Module, config: LoRAConfig, layers: Sequence[str]) -
             # Inputs come in the compute type, and autocast casts the weights: peft would widen the
             # input to the type of the master weights first, for nothing.
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it does without its adapters; what is trained, and whether a
+    parameter needs a gradient, stays."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was

@@ -14,7 +14,14 @@ from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig
-from toolkit.models.shapes import Shape, attended_keys, used_weights, whole_model
+from toolkit.models.shapes import (
+    SCORE,
+    Shape,
+    attended_keys,
+    head_flops_per_token,
+    used_weights,
+    whole_model,
+)
 from toolkit.models.shapes import flops_per_token as flops_of_all
 from toolkit.wording import count, prefixed
 
@@ -198,8 +205,9 @@ def flops_per_token(
     trained = {name for name, info in infos.items() if info.is_trained}
     lowest = min((_first_block(name, model.num_layers) for name in trained), default=0)
     head = "embeddings.tokens.weight" if model.tie_embeddings else "head.weight"
+    head = head if model.num_scores is None else SCORE
     if head not in trained or trained == {"head.weight"}:
-        total -= 2 * model.vocab_size * model.d_model
+        total -= head_flops_per_token(model) // 3
     for name, info in infos.items():
         block = _BLOCK.match(name)
         if block is None or len(info.shape) < 2:

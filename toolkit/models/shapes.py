@@ -12,6 +12,9 @@ from toolkit.models.architecture import Architecture
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
 
+SCORE = "head.score.weight"
+"""The parameter of a head that gives scores."""
+
 CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES = 32 << 20
 LEAST_CHUNK_ROWS = 256
@@ -83,7 +86,7 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     costs twice forward. Lookup of embeddings, norms, biases and padding ids are not counted, nor is
     anything that activation checkpointing computes twice.
     """
-    sparse, matrices = len(model.moe_layers), model.vocab_size * model.d_model
+    sparse, matrices = len(model.moe_layers), _head_columns(model) * model.d_model
     for is_sparse, layers in ((True, sparse), (False, model.num_layers - sparse)):
         block = (shape for _, shape in _block(model, sparse=is_sparse) if len(shape) > 1)
         matrices += layers * sum(used_weights(model, shape) for shape in block)
@@ -102,7 +105,7 @@ def block_flops_per_token(model: Architecture, layer: int, sequence_length: int)
 
 def head_flops_per_token(model: Architecture) -> int:
     """What the output head adds to `flops_per_token`."""
-    return 6 * model.vocab_size * model.d_model
+    return 6 * _head_columns(model) * model.d_model
 
 
 def attended_keys(model: Architecture, layer: int, sequence_length: int) -> int:
@@ -112,6 +115,10 @@ def attended_keys(model: Architecture, layer: int, sequence_length: int) -> int:
     return window * (window + 1) // 2 + (sequence_length - window) * window
 
 
+def _head_columns(model: Architecture) -> int:
+    return model.num_scores or model.vocab_size
+
+
 def _embeddings(model: Architecture) -> Iterator[Named]:
     yield "embeddings.tokens.weight", (model.padded_vocab_size, model.d_model)
     if model.positions == "learned":
@@ -119,7 +126,9 @@ def _embeddings(model: Architecture) -> Iterator[Named]:
 
 
 def _head(model: Architecture) -> Iterator[Named]:
-    if not model.tie_embeddings:
+    if model.num_scores is not None:
+        yield SCORE, (model.num_scores, model.d_model)
+    elif not model.tie_embeddings:
         yield "head.weight", (model.padded_vocab_size, model.d_model)
     yield from _norm(model, "head.norm", model.d_model)
 

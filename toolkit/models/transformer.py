@@ -22,7 +22,7 @@ from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_positions, document_starts
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
-from toolkit.models.router import RouterSums, combine_layers, router_loss
+from toolkit.models.router import RouterSums, combine_layers
 
 
 class Block(nn.Module):
@@ -217,8 +217,7 @@ class Transformer(nn.Module):
             tied = self.embeddings.tokens.weight
         result = self.head(x, labels, tied, z_loss_multiplier=z_loss_multiplier)
         if config.moe is not None and router is not None:
-            loss = result.loss + router_loss(router, config.moe)
-            result = result._replace(loss=loss, router=router.detached())
+            result = result.with_router(router, config.moe)
         return result
 
 

@@ -154,6 +154,8 @@ class Trainer:
             self._open_metrics(resumed=bool(self._restored))
             watchdog = start_watchdog(state, peers)
             with listening(state):
+                state.heartbeat.beat("preparing", state.step, is_slow=True)
+                state.train_module.before_training(state)
                 self._call("pre_train")
                 reason = self._loop()
                 if not stop.is_agreed:

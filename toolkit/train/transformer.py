@@ -282,17 +282,22 @@ class TransformerTrainModule(EngineTrainModule):
         }
 
     def _microbatches(self, inputs: Microbatch) -> list[Microbatch]:
-        size, length = self.config.rank_microbatch_size, inputs.input_ids.shape[1]
+        rows = self._rows_at_once(inputs.input_ids)
+        return [inputs] if rows is None else inputs.split(rows)
+
+    def _rows_at_once(self, input_ids: torch.Tensor) -> int | None:
+        """Rows of a microbatch; None: all of them."""
+        size, length = self.config.rank_microbatch_size, input_ids.shape[1]
         if size is None:
-            return [inputs]
+            return None
         if size < length:
             raise ConfigError(
                 f"train_module.rank_microbatch_size {size} is smaller than one instance of "
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
-        self.config.check_graphs(inputs.input_ids.numel())
+        self.config.check_graphs(input_ids.numel())
         rows = size // length
-        return [inputs] if len(inputs.input_ids) <= rows else inputs.split(rows)
+        return None if len(input_ids) <= rows else rows
 
 
 def _parts(layers: Mapping[str, QuantisedLinear]) -> Iterator[list[str]]:

@@ -267,8 +267,8 @@ def _made(job: Job, stage: Stage) -> float:
 
 
 def head_of(job: Job, stage: Stage) -> Parameter | None:
-    """The weight of the output head, where a stage has it."""
-    if not stage.has_head:
+    """The weight of the output head, where a stage has one that gives logits."""
+    if not stage.has_head or job.model.num_scores is not None:
         return None
     name = "embeddings.tokens.weight" if job.model.tie_embeddings else "head.weight"
     return next(p for p in job.parts.outside if p.name == name)
