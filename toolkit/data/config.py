@@ -37,6 +37,7 @@ from toolkit.data.source_config import (  # noqa: F401
     TextSourceConfig,
     TokenFilesSourceConfig,
 )
+from toolkit.data.tokens.units import UNIT_OF, UnitKind
 from toolkit.storage.urls import check_stores
 
 
@@ -250,6 +251,11 @@ class DatasetConfig(Config, kw_only=True):
             self.source is None or isinstance(self.source, TokenFilesSourceConfig)
         ):
             raise ValueError("tokenizer may be null only for a source of type token_files")
+
+    @property
+    def unit(self) -> UnitKind | None:
+        """What rows of preference or binary data become; None: these are others."""
+        return None if self.instructions is None else UNIT_OF.get(self.instructions.kind)
 
 
 class DataLoaderConfig(Config, kw_only=True):

@@ -86,7 +86,10 @@ class EvalLoader:
                 places = np.minimum(places, len(rows["input_ids"]) - 1)
                 rows = {key: value[places] for key, value in rows.items()}
             mask = rows.get("label_mask", np.ones(rows["input_ids"].shape, dtype=bool))
-            batch = {**rows, "label_mask": mask & is_real[:, None]}
+            # A mask of units is of numbers.
+            batch = {**rows, "label_mask": mask * is_real[:, None]}
+            if "units" in rows:
+                batch["units"] = np.where(is_real[:, None], rows["units"], -1)
             yield {key: torch.from_numpy(value) for key, value in batch.items()}
 
 
@@ -97,5 +100,5 @@ def real_tokens(rows: Rows) -> np.ndarray:
         return ids.reshape(-1)
     # Padding is the last document of a row, and no target.
     is_last = documents == documents[:, -1:]
-    has_target = (is_last & mask).any(axis=1, keepdims=True)
+    has_target = (is_last & (mask != 0)).any(axis=1, keepdims=True)
     return ids[~is_last | has_target]

@@ -139,9 +139,16 @@ class FiltersConfig(Config, kw_only=True):
             raise ValueError(f"max_repetition must be in (0, 1]: {self.max_repetition}")
 
 
+RowKind = Literal["conversations", "preference", "binary"]
+
+
 class InstructionsConfig(Config, kw_only=True):
     """Rows are conversations or prompts with answers; the loss counts the answers."""
 
+    kind: RowKind = "conversations"
+    """What a row is. `conversations`: a conversation, or a prompt with its answer. `preference`: a
+    prompt with a `chosen` and a `rejected` answer. `binary`: a `prompt` with a `completion` and a
+    `label`, true where the completion is desirable."""
     shape: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
     """Columns of a row: `messages` (list of role and content), `prompt` and `completion`,
     `instruction`, `input` and `output`, or `conversations` (list of from and value). auto: told by
@@ -151,7 +158,7 @@ class InstructionsConfig(Config, kw_only=True):
     tokenizers without one, prompt and completion are joined as they are."""
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """What the loss counts: all assistant turns (with their end-of-turn token), the last one, or
-    every token."""
+    every token (of preference and binary rows, every token after the prompt)."""
     system_prompt: str | None = None
     """Put before conversations that have no system message."""
     context_roles: tuple[str, ...] = ()
@@ -163,3 +170,10 @@ class InstructionsConfig(Config, kw_only=True):
     """Keys that say the opposite: 1 or true leaves the turn out of the loss."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of a turn that mean nothing here, though their names look as if they masked."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "conversations" and self.shape != "auto":
+            raise ValueError(
+                f"shape {self.shape} goes with kind=conversations; leave it out with "
+                f"kind={self.kind}, whose columns are always the same"
+            )

@@ -5,9 +5,14 @@ An instance is one row of `sequence_length` tokens. Rows are dictionaries of arr
     input_ids     int64  (rows, seq)   token ids
     label_mask    bool   (rows, seq)   which tokens the loss asks for, by position; absent: all
                                        (but the first of a row, which nothing predicts)
+                                       of units (`toolkit.data.tokens.units`) uint8: the kind of
+                                       target
     document_ids  int32  (rows, seq)   tokens of one document have the same number, ascending in a
                                        row; attention stays inside it and positions start over
                                        with it; absent: the row is one sequence
+    units         int64  (rows, K)     number in the split of each unit of the row, -1 where there
+                                       is none; absent: documents form no units. The documents of
+                                       a row's k-th unit are 2 k and 2 k + 1.
 
 Padding is a document of its own at the end of a row, with `label_mask` False.
 """
@@ -75,7 +80,7 @@ def target_mask(rows: Rows) -> np.ndarray:
     """
     mask = np.ones(rows["input_ids"].shape, dtype=bool)
     if "label_mask" in rows:
-        mask &= rows["label_mask"]
+        mask &= rows["label_mask"] != 0
     mask[:, 0] = False
     if "document_ids" in rows:
         documents = rows["document_ids"]

@@ -13,6 +13,7 @@ import xxhash
 from toolkit.data.instances.base import DocumentPart
 from toolkit.data.instances.plans import find_note, keep_note
 from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.data.tokens.units import DOCUMENTS
 from toolkit.errors import DataError
 
 BLOCK_DOCUMENTS = 1 << 18
@@ -29,7 +30,8 @@ class Windows(NamedTuple):
 
 
 class DocumentIndex:
-    """Documents of one split by position of their tokens.
+    """Documents of one split by position of their tokens. Where they form units
+    (`toolkit.data.tokens.units`), `blocks` and `windows` give those in their place.
 
     Attributes:
         starts: position of each document's first token, uint64 `(num_documents,)`, a memory map.
@@ -44,6 +46,7 @@ class DocumentIndex:
         self._path = prepared.folder / f"{split}.idx"
         self._hash = prepared.manifest.splits[split].index_hash
         self.num_tokens = prepared.num_tokens(split)
+        self.unit = prepared.unit
         self.starts = np.asarray(prepared.document_starts(split))
         if self.starts[0] != 0:
             raise self._error(f"the first document starts at {self.starts[0]}, not at 0")
@@ -52,6 +55,8 @@ class DocumentIndex:
                 f"document {len(self.starts) - 1} starts at {self.starts[-1]}, but the split has "
                 f"{self.num_tokens} tokens"
             )
+        if self.unit is not None and len(self.starts) % DOCUMENTS:
+            raise self._error(f"{len(self.starts):,} documents are no whole number of pairs")
 
     def verify(self) -> None:
         """Read the whole file.
@@ -66,12 +71,21 @@ class DocumentIndex:
             raise self._error(wrong)
 
     def blocks(self) -> Iterator[Windows]:
-        """All documents, whole, in blocks; empty ones have length 0."""
-        return documents_of(self.starts, self.num_tokens)
+        """All documents, or units, whole, in blocks; empty ones have length 0."""
+        for starts, lengths in documents_of(self.starts, self.num_tokens):
+            if self.unit is not None:
+                starts, lengths = starts[::DOCUMENTS], lengths.reshape(-1, DOCUMENTS).sum(axis=1)
+            yield Windows(starts, lengths)
 
     def windows(self, sequence_length: int) -> Iterator[Windows]:
-        """All documents cut every `sequence_length` tokens, counted from their own start."""
+        """All documents cut every `sequence_length` tokens, counted from their own start. Units
+        are not cut: those longer than `sequence_length` are left out."""
         for starts, lengths in self.blocks():
+            if self.unit is not None:
+                fits = lengths <= sequence_length
+                if fits.any():
+                    yield Windows(starts[fits], lengths[fits])
+                continue
             ends = np.cumsum(-(-lengths // sequence_length))
             for first in range(0, int(ends[-1]), BLOCK_DOCUMENTS):
                 numbers = np.arange(first, min(first + BLOCK_DOCUMENTS, int(ends[-1])))
@@ -83,6 +97,12 @@ class DocumentIndex:
                     starts[documents] + offsets,
                     np.minimum(lengths[documents] - offsets, sequence_length),
                 )
+
+    def units_at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of each unit that begins at one of `starts`, and where its second document does:
+        int64, like `starts`."""
+        firsts = np.searchsorted(self.starts, starts.astype(np.uint64))
+        return firsts // DOCUMENTS, self.starts[firsts + 1].astype(np.int64)
 
     def parts(self, first: int, num_tokens: int) -> list[DocumentPart]:
         """The documents that the `num_tokens` tokens from position `first` belong to, in order."""

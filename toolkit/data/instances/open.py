@@ -10,10 +10,14 @@ from toolkit.data.config import (
     DatasetConfig,
     FixedInstancesConfig,
     InstancesConfig,
+    PackedInstancesConfig,
+    PaddedInstancesConfig,
     VariableInstancesConfig,
 )
 from toolkit.data.instances.plans import plan_of
 from toolkit.data.tokens.prepared import SPLITS, PreparedDataset, Split
+from toolkit.data.tokens.units import UNIT_NAMES
+from toolkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from toolkit.data.instances.rows import TokenRows
@@ -40,6 +44,7 @@ def open_instances(
         DataError: the token files or a plan are damaged, or the plan cannot be written.
     """
     kind = instances_config(config, evaluation=evaluation)
+    check_unit_rows(prepared, kind)
     options: dict[str, Any] = {}
     if isinstance(kind, FixedInstancesConfig):
         options["intra_document_masking"] = kind.intra_document_masking
@@ -61,6 +66,18 @@ def instances_config(config: DatasetConfig, *, evaluation: bool = False) -> Inst
     return config.instances
 
 
+def check_unit_rows(prepared: PreparedDataset, kind: InstancesConfig) -> None:
+    """Raise ConfigError where rows of this kind would cut units."""
+    if prepared.unit is not None and not isinstance(
+        kind, PackedInstancesConfig | PaddedInstancesConfig
+    ):
+        raise ConfigError(
+            f"dataset.instances of type {kind.__struct_config__.tag} cut documents, and "
+            f"{prepared.folder} holds {UNIT_NAMES[prepared.unit]}, which stay whole; set "
+            "dataset.instances to packed, or to padded"
+        )
+
+
 def count_rows(
     prepared: PreparedDataset, split: Split, config: DatasetConfig, *, evaluation: bool = False
 ) -> list[tuple[int, int]] | None:
@@ -69,6 +86,7 @@ def count_rows(
     if not prepared.has_split(split):
         return []
     kind, length = instances_config(config, evaluation=evaluation), config.sequence_length
+    check_unit_rows(prepared, kind)
     if isinstance(kind, FixedInstancesConfig):
         return [(length, prepared.num_tokens(split) // length)]
     shortest = kind.min_sequence_length if isinstance(kind, VariableInstancesConfig) else None
@@ -101,6 +119,8 @@ def ensure_plans(prepared: PreparedDataset, config: DatasetConfig) -> None:
         if isinstance(kind, FixedInstancesConfig) and kind.intra_document_masking:
             named("toolkit.data.instances.index:verify_once")(prepared, split)
         instances = open_instances(prepared, split, config, evaluation=evaluation)
-        if prepared.manifest.splits[split].mask_hash is not None:
+        if prepared.unit is not None:
+            named("toolkit.data.instances.targets:check_units")(prepared, split, instances)
+        elif prepared.manifest.splits[split].mask_hash is not None:
             check = named("toolkit.data.instances.targets:check_row_targets")
             check(prepared, split, instances)

@@ -1,4 +1,5 @@
-"""Rows of whole documents, as many as fit: best-fit-decreasing packing.
+"""Rows of whole documents, as many as fit: best-fit-decreasing packing. Documents that form units
+stay together: where this speaks of a document, it is a unit then, and none is cut.
 
 How a document gets into a row:
 
@@ -39,7 +40,9 @@ class PackedDataset(PlannedInstances):
     def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
         super().__init__(plan_of(prepared, split, "packed", sequence_length), _make)
         self._groups = _Groups(*(self._array(name) for name in _Groups._fields))
-        self._step = spreading_step(self.num_instances)
+        self._step = spreading_step(max(1, self.num_instances))
+        if prepared.unit is not None:
+            self.units_per_row = int(self._groups.num_pieces.max(initial=0))
 
     def pieces(self, indices: np.ndarray) -> Pieces:
         rows = indices * self._step % self.num_instances
@@ -82,14 +85,14 @@ def _make(plan: Plan, index: DocumentIndex, folder: Path) -> PlanHeader:
         counts += np.bincount(lengths, minlength=length + 1)
 
     placements, row_groups = best_fit_decreasing(counts, length)
-    table = np.array([group[:3] for group in row_groups], dtype=np.int64)
+    table = np.array([group[:3] for group in row_groups], dtype=np.int64).reshape(-1, 3)
     first_row, num_rows, num_pieces = table.T
     groups = _Groups(
         first_row=first_row,
         num_pieces=num_pieces,
         first_place=np.cumsum(num_rows * num_pieces) - num_rows * num_pieces,
         first_length=np.cumsum(num_pieces) - num_pieces,
-        lengths=np.concatenate([group.lengths() for group in row_groups]),
+        lengths=np.concatenate([np.empty(0, np.int64), *(g.lengths() for g in row_groups)]),
     )
     for name, values in groups._asdict().items():
         np.save(folder / f"{name}.npy", values)
@@ -107,7 +110,7 @@ def _assign(
     out: np.ndarray,
 ) -> None:
     """Write the start of every piece into its place."""
-    table = np.array(placements, dtype=np.int64)
+    table = np.array(placements, dtype=np.int64).reshape(-1, len(Placement._fields))
     _, first_row, num_rows, per_row, before = table.T
     # Pieces in the order of placements: from the longest to the shortest, then in file order.
     first_piece = np.cumsum(num_rows * per_row) - num_rows * per_row

@@ -12,6 +12,7 @@ from toolkit.data.instances.index import DocumentIndex
 from toolkit.data.instances.plans import Plan, PlanHeader, ensure_plan, plan_of
 from toolkit.data.instances.rows import Pieces, TokenRows, gather_rows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.data.tokens.units import DOCUMENTS
 
 
 class PlannedInstances(TokenRows):
@@ -19,7 +20,10 @@ class PlannedInstances(TokenRows):
 
     Attributes:
         header: counts, and the share of positions filled.
+        units_per_row: the most units that a row holds; 0 where documents form none.
     """
+
+    units_per_row = 0
 
     def __init__(self, plan: Plan, make: Callable[[Plan, DocumentIndex, Path], PlanHeader]) -> None:
         """`make` writes the plan's arrays into a folder, where they are not there yet. DataError:
@@ -45,26 +49,40 @@ class PlannedInstances(TokenRows):
         """Padding has the id of the end-of-document token, or 0."""
         pieces = self.pieces(np.asarray(indices))
         self._pages.request(*pieces[:2])
-        return gather_rows(
+        units: Rows = {}
+        if self.index.unit is not None:
+            pieces, numbers = documents_of_units(self.index, pieces, self.units_per_row)
+            units = {"units": numbers}
+        rows = gather_rows(
             self._tokens,
             self._targets,
             pieces,
             sequence_length=self.sequence_length,
             pad_id=self._prepared.manifest.eos_id or 0,
+            keep_kinds=bool(units),
         )
+        return {**rows, **units}
 
 
 def describe(plan: Plan, index: DocumentIndex, num_rows: int, **others: Any) -> PlanHeader:
     """The header of rows that hold all tokens, but for what `others` say."""
-    num_documents = long_documents = 0
+    num_documents = long_documents = dropped_tokens = 0
     for _, lengths in index.blocks():
+        is_long = lengths > plan.sequence_length
         num_documents += int((lengths > 0).sum())
-        long_documents += int((lengths > plan.sequence_length).sum())
-    found = {
-        "num_tokens": index.num_tokens,
-        "efficiency": index.num_tokens / max(1, num_rows * plan.sequence_length),
-        **others,
-    }
+        long_documents += int(is_long.sum())
+        dropped_tokens += int(lengths[is_long].sum())
+    found: dict[str, Any] = {"num_tokens": index.num_tokens}
+    if index.unit is not None:
+        num_documents *= DOCUMENTS
+        found = {
+            "num_tokens": index.num_tokens - dropped_tokens,
+            "dropped_tokens": dropped_tokens,
+            "dropped_documents": DOCUMENTS * long_documents,
+        }
+        long_documents = 0  # which are cut
+    filled = found["num_tokens"] / max(1, num_rows * plan.sequence_length)
+    found = {"efficiency": filled, **found, **others}
     return PlanHeader(
         kind=plan.kind,
         split=plan.split,
@@ -99,8 +117,22 @@ def fill(array: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
         done += len(block)
 
 
+def documents_of_units(
+    index: DocumentIndex, pieces: Pieces, units_per_row: int
+) -> tuple[Pieces, np.ndarray]:
+    """The documents of `pieces`, which are units, and the numbers of the units of each row, int64
+    `(rows, units_per_row)`; -1 where a row has fewer."""
+    starts, lengths, units_of_row = pieces
+    numbers, seconds = index.units_at(starts)
+    split = np.stack([starts, seconds], axis=1)
+    sizes = np.stack([seconds - starts, starts + lengths - seconds], axis=1)
+    found = np.full((len(units_of_row), units_per_row), -1, dtype=np.int64)
+    found[np.arange(units_per_row) < units_of_row[:, None]] = numbers
+    return (split.reshape(-1), sizes.reshape(-1), units_of_row * DOCUMENTS), found
+
+
 class PaddedDataset(PlannedInstances):
-    """One document a row, padded, in the order of documents; for evaluation.
+    """One document, or unit, a row, padded, in the order of documents; for evaluation.
 
     A document longer than `sequence_length` takes several rows that follow each other, without
     overlap: every token is in exactly one row. What a later row predicts knows nothing of the rows
@@ -110,6 +142,7 @@ class PaddedDataset(PlannedInstances):
     def __init__(self, prepared: PreparedDataset, split: Split, sequence_length: int) -> None:
         super().__init__(plan_of(prepared, split, "padded", sequence_length), _make_padded)
         self._lengths = self._array("lengths")
+        self.units_per_row = int(prepared.unit is not None)
 
     def pieces(self, indices: np.ndarray) -> Pieces:
         lengths = self._lengths[indices].astype(np.int64)
@@ -118,7 +151,7 @@ class PaddedDataset(PlannedInstances):
 
 def _make_padded(plan: Plan, index: DocumentIndex, folder: Path) -> PlanHeader:
     length = plan.sequence_length
-    num_rows = sum(int((-(-lengths // length)).sum()) for _, lengths in index.blocks())
+    num_rows = sum(len(lengths) for _, lengths in index.windows(length))
     starts = create_array(folder, "starts", num_rows, np.uint64)
     fill(starts, (window.starts for window in index.windows(length)))
     lengths = create_array(folder, "lengths", num_rows, np.min_scalar_type(length))

@@ -210,9 +210,12 @@ def _make_once(plan: Plan, folder: Path, make: Callable[[Path], PlanHeader]) -> 
         with new_folder(folder) as unfinished:
             header = make(unfinished)
             write_json_atomic(unfinished / HEADER_NAME, header)
+    why = "shorter than the shortest row"
+    if plan.prepared.unit is not None:
+        why = "in units longer than a row"
     dropped = (
         f", {count(header.dropped_tokens, 'token')} dropped "
-        f"({count(header.dropped_documents, 'whole document')}), shorter than the shortest row"
+        f"({count(header.dropped_documents, 'whole document')}), {why}"
     )
     logger.info(
         f"{plan.split} of {plan.prepared.folder} as {plan.kind} instances of "

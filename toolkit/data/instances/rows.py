@@ -28,6 +28,7 @@ class TokenRows:
         self.sequence_length, self.fingerprint = sequence_length, fingerprint
         self.bytes_per_token = prepared.bytes_per_token(split)
         self.tokenizer_folder = prepared.tokenizer_folder
+        self.num_units = prepared.num_units(split)
         self._tokens = np.asarray(prepared.tokens(split))
         self._pages = Pages(self._tokens)
         mask = prepared.target_mask(split)
@@ -76,6 +77,7 @@ def gather_rows(
     *,
     sequence_length: int,
     pad_id: int,
+    keep_kinds: bool = False,
 ) -> Rows:
     """Rows of `sequence_length` tokens: pieces one after the other, then padding. Each piece is a
     document, and so is padding.
@@ -84,6 +86,7 @@ def gather_rows(
         tokens: all ids of the split, `(num_tokens,)`.
         targets: 1 for those the loss asks for, `(num_tokens,)`; None: all.
         pieces: row after row; each row has one at least.
+        keep_kinds: give the mask as it is in the file, uint8, which tells kinds of targets apart.
     """
     starts, lengths, pieces_per_row = pieces
     num_rows = len(pieces_per_row)
@@ -108,16 +111,18 @@ def gather_rows(
         pieces = all_starts, all_lengths, is_padding
         input_ids = _joined(tokens, pieces).astype(np.int64)
         if targets is not None:
-            label_mask = _joined(targets, pieces) != 0
+            label_mask = _joined(targets, pieces)
     else:
         # Only padding may point beyond the end, and its ids are replaced.
         positions = _positions(all_starts, all_lengths)
         if targets is not None:
-            label_mask = targets.take(positions, mode="clip") != 0
+            label_mask = targets.take(positions, mode="clip")
         input_ids = positions
         input_ids[:] = tokens.take(positions, mode="clip")
     if label_mask is None:
         label_mask = np.ones(len(input_ids), dtype=bool)
+    elif not keep_kinds:
+        label_mask = label_mask != 0
     ends = np.arange(1, num_rows + 1) * sequence_length
     for end, used_there in zip(ends.tolist(), used.tolist(), strict=True):
         if used_there < sequence_length:

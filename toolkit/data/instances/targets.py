@@ -12,9 +12,11 @@ import msgspec
 import numpy as np
 
 from toolkit.data.instances.base import target_mask
+from toolkit.data.instances.planned import PlannedInstances
 from toolkit.data.instances.plans import Bucket, find_note, keep_note
 from toolkit.data.instances.rows import TokenRows
 from toolkit.data.tokens.prepared import PreparedDataset, Split
+from toolkit.data.tokens.units import DOCUMENTS
 from toolkit.errors import DataError
 from toolkit.storage.foreign import decode_json
 from toolkit.wording import count
@@ -59,10 +61,36 @@ def check_row_targets(prepared: PreparedDataset, split: Split, instances: TokenR
             f"{'has' if counts.cut_answers == 1 else 'have'} answers in rows without their "
             "beginning, cut from their prompt; raise dataset.sequence_length, or leave them out"
         )
-        key = str(prepared.folder.absolute()), line
-        if key not in _said:
-            _said.add(key)
-            logger.warning("%s", line)
+        _say_once(prepared, line)
+
+
+def check_units(prepared: PreparedDataset, split: Split, instances: PlannedInstances) -> None:
+    """Say in one line how many units are longer than a row, and left out. DataError: none of
+    training is not."""
+    length, header = instances.sequence_length, instances.header
+    left_out = header.dropped_documents // DOCUMENTS
+    if not left_out:
+        return
+    units = count(prepared.num_units(split), "unit")
+    if split == "train" and not header.num_instances:
+        shortest = min(int(lengths.min()) for _, lengths in instances.index.blocks())
+        raise DataError(
+            f"{prepared.folder}: none of its {units} fits into a row of {length} tokens (the "
+            f"shortest has {shortest:,}, prompt and answer twice); raise dataset.sequence_length"
+        )
+    _say_once(
+        prepared,
+        f"{split} of {prepared.folder}: {left_out:,} of {units} "
+        f"{'is' if left_out == 1 else 'are'} longer than a row of {length} tokens (both documents "
+        "together) and left out; raise dataset.sequence_length to keep them",
+    )
+
+
+def _say_once(prepared: PreparedDataset, line: str) -> None:
+    key = str(prepared.folder.absolute()), line
+    if key not in _said:
+        _said.add(key)
+        logger.warning("%s", line)
 
 
 def _counts(prepared: PreparedDataset, split: Split, instances: TokenRows) -> TargetCounts:

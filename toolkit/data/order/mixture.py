@@ -38,6 +38,8 @@ class MixedDataset:
         names: the sources, sorted.
         datasets: their instances.
         first_instances: number of the first instance of each one.
+        num_units: units of all sources together; 0 where documents form none.
+        units_per_row: the most that a row holds.
     """
 
     def __init__(self, datasets: Mapping[str, InstanceDataset]) -> None:
@@ -52,6 +54,12 @@ class MixedDataset:
         firsts = [dataset.read(np.array([0])) for dataset in self.datasets if dataset.num_instances]
         self._like = {key: rows[key].dtype for rows in firsts for key in rows}
         self._is_uniform = all(rows.keys() == self._like.keys() for rows in firsts)
+        units = [getattr(dataset, "num_units", 0) for dataset in self.datasets]
+        self._first_units = np.cumsum([0, *units])
+        self.num_units = int(self._first_units[-1])
+        self.units_per_row = max(
+            (getattr(dataset, "units_per_row", 0) for dataset in self.datasets), default=0
+        )
         self.tokenizer_folder: Path | None = self.datasets[0].tokenizer_folder
         known = [dataset.bytes_per_token for dataset in self.datasets]
         self.bytes_per_token = 0.0
@@ -65,16 +73,16 @@ class MixedDataset:
         owners = np.searchsorted(self.first_instances, indices, side="right") - 1
         numbers = np.unique(owners).tolist()
         if self._is_uniform and len(numbers) == 1:
-            return self.datasets[numbers[0]].read(indices - self.first_instances[numbers[0]])
+            return self._read(numbers[0], indices)
         found: list[tuple[np.ndarray, Rows]] = []
         for owner in numbers:
             places = np.flatnonzero(owners == owner)
-            rows = self.datasets[owner].read(indices[places] - self.first_instances[owner])
-            found.append((places, rows))
+            found.append((places, self._read(owner, indices[places])))
         # The same keys for any rows: ranks that read from different sources must agree on them.
         mixed: Rows = {}
         for key, dtype in self._like.items():
-            shape = len(indices), self.sequence_length
+            width = self.units_per_row if key == "units" else self.sequence_length
+            shape = len(indices), width
             if all(key in rows for _, rows in found):
                 mixed[key] = np.empty(shape, dtype)
             else:
@@ -83,6 +91,17 @@ class MixedDataset:
                 if key in rows:
                     mixed[key][places] = rows[key]
         return mixed
+
+    def _read(self, owner: int, indices: np.ndarray) -> Rows:
+        """Instances of one source. Units are numbered like instances: those of the first source,
+        then those of the second, and so on."""
+        rows = self.datasets[owner].read(indices - self.first_instances[owner])
+        if "units" in rows:
+            own = rows["units"]
+            units = np.full((len(own), self.units_per_row), -1, dtype=np.int64)
+            units[:, : own.shape[1]] = np.where(own < 0, -1, own + self._first_units[owner])
+            rows["units"] = units
+        return rows
 
     def documents(self, index: int) -> list[DocumentPart]:
         """Documents are numbered in their source."""

@@ -5,6 +5,7 @@
       train.bin         token ids of all training documents, one after the other
       train.idx         uint64: position in train.bin where each document starts
       train.mask        uint8: 1 for each token that the loss asks for; only of instruction data
+                        (of preference and binary data 1 to 3, see `units.py`)
       val.*             the same for held-out documents; absent when there are none
       tokenizer/        loads with `transformers.AutoTokenizer`
 
@@ -22,6 +23,7 @@ import msgspec
 from toolkit.data.config import DatasetConfig, StoreConfig
 from toolkit.data.tokens.audit import TargetAudit
 from toolkit.data.tokens.in_use import UseMark, mark_used
+from toolkit.data.tokens.units import DOCUMENTS, UnitKind
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.foreign import guard, read_json
 from toolkit.storage.remote import is_url
@@ -91,6 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Files left out of the source's folders, by their ending."""
     audit: TargetAudit | None = None
     """Of instruction data: what the loss counts."""
+    unit: UnitKind | msgspec.UnsetType = msgspec.UNSET
+    """Of preference and binary data: what two documents that follow each other are."""
     settings: dict[str, Any]
     """The settings that decide what the files hold; see `toolkit.data.prepare.build.settings`."""
     splits: dict[str, SplitInfo]
@@ -132,6 +136,16 @@ class PreparedDataset:
         return self.manifest.vocab_size
 
     @property
+    def unit(self) -> UnitKind | None:
+        """What two documents that follow each other are; None: each stands for itself."""
+        unit = self.manifest.unit
+        return None if unit is msgspec.UNSET else unit
+
+    def num_units(self, split: Split) -> int:
+        """Units of the split; 0 where there are none."""
+        return self.num_documents(split) // DOCUMENTS if self.unit is not None else 0
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """What `load_tokenizer` and `AutoTokenizer` read; None: the tokens came without one."""
         folder = self.folder / TOKENIZER_FOLDER
@@ -165,6 +179,7 @@ class PreparedDataset:
             manifest.append_eos,
             *(["bos"] if manifest.prepend_bos else []),
             *([] if info.mask_hash is None else [info.mask_hash]),
+            *([] if self.unit is None else [self.unit]),
         )
         return xxhash.xxh3_64_hexdigest(repr(identity).encode())
 

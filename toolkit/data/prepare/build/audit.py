@@ -8,9 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from toolkit.data.prepare.build.instructions import InstructionEncoder, target_mask
+from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.text.instructions.checks import NO_TARGET
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import Shard
@@ -41,17 +39,12 @@ def audit_rows(
             without += 1
             continue
         assert piece.row is not None
-        outline = encoder.outline(piece.row)
+        look = encoder.look(piece.row, found)
         if sample is None:
-            sample = outline.sample
-        offsets = encoder.offsets(outline.rendered)
-        is_target = np.ones(len(found.ids), dtype=bool)
-        if found.is_target is not None:
-            is_target = found.is_target
-        for role, span in outline.turns:
-            own = is_target[target_mask(offsets, [span])]
+            sample = look.sample
+        for role, own in look.turns:
             roles.setdefault(role, Counter()).update(own.tolist())
-        templates.setdefault(outline.template, Counter()).update(is_target.tolist())
+        templates.setdefault(look.template, Counter()).update(look.is_target.tolist())
     audit = TargetAudit(
         num_rows=len(pieces),
         without_target=without,

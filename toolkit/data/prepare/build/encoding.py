@@ -25,6 +25,10 @@ class Encoded(NamedTuple):
     """Whether `ids` end with the end-of-document token: none is put after them."""
     left_out: str | None = None
     """Why the whole document is left out, as counted in `Manifest.filtered_documents`."""
+    target: int = 1
+    """What a target is called in the mask; see `toolkit.data.tokens.units`."""
+    second: "Encoded | None" = None
+    """Of preference and binary rows: the document that follows this one."""
 
 
 class Encoder(Protocol):

@@ -9,13 +9,13 @@ characters in a row's own text are ordinary ones.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from toolkit.data.prepare.build.encoding import Encoded
 from toolkit.data.prepare.text.instructions.checks import NO_TARGET, check_targets
-from toolkit.data.prepare.text.instructions.rendering import Outline, RenderedRow, RowRenderer
+from toolkit.data.prepare.text.instructions.rendering import RenderedRow, RowRenderer
 from toolkit.data.prepare.text.instructions.template import (
     ChatTemplate,
     Span,
@@ -26,8 +26,21 @@ from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.source_config import InstructionsConfig
 from toolkit.errors import ConfigError, DataError
 
-_Tokens = tuple[np.ndarray, np.ndarray]
+Tokens = tuple[np.ndarray, np.ndarray]
 """Ids, and characters of each: `(n,)` and `(n, 2)`."""
+
+
+class Look(NamedTuple):
+    """What the loss counts of a row."""
+
+    template: str
+    """Name of the chat template; `none`: there is none."""
+    is_target: np.ndarray
+    """Which of its tokens are targets: bool, `(num_tokens,)`."""
+    turns: list[tuple[str, np.ndarray]]
+    """The same of each turn, by its role."""
+    sample: str
+    """The row, shortened, targets between `[[` and `]]`."""
 
 
 def with_instructions_template(tokenizer: Tokenizer, config: InstructionsConfig) -> Tokenizer:
@@ -85,21 +98,21 @@ class InstructionEncoder:
             except DataError as error:
                 raise DataError(f"{piece.place or piece.identity}: {error}") from None
         rows = [row for row in rendered if row is not None]
-        tokens = iter(self._tokenize(rows))
+        tokens = iter(self.tokenize(rows))
         encoded = []
         for row in rendered:
             found = None if row is None else _encoded(row, next(tokens))
             encoded.append(found or Encoded(np.zeros(0, dtype=np.uint32), left_out=NO_TARGET))
         return encoded
 
-    def outline(self, row: dict[str, Any]) -> Outline:
-        """What a row with targets is made of."""
-        return self._renderer.outline(row)
-
-    def offsets(self, rendered: RenderedRow) -> np.ndarray:
-        """The characters of each token that `encode` gives for a row, `(n, 2)`."""
-        ((_, offsets),) = self._tokenize([rendered])
-        return offsets
+    def look(self, row: dict[str, Any], encoded: Encoded) -> "Look":
+        """What the loss counts of a row that became `encoded`."""
+        outline = self._renderer.outline(row)
+        is_target = is_target_of(encoded)
+        # The characters of each token that `encode` gives.
+        ((_, offsets),) = self.tokenize([outline.rendered])
+        turns = [(role, is_target[target_mask(offsets, [span])]) for role, span in outline.turns]
+        return Look(outline.template, is_target, turns, outline.sample)
 
     def check(
         self,
@@ -126,9 +139,10 @@ class InstructionEncoder:
             sample=sample,
         )
 
-    def _tokenize(self, rows: Sequence[RenderedRow]) -> list[_Tokens]:
+    def tokenize(self, rows: Sequence[RenderedRow]) -> list[Tokens]:
+        """The tokens of each row, in order."""
         encode = self._tokenizer.encode_offsets
-        tokens: dict[int, _Tokens] = {}
+        tokens: dict[int, Tokens] = {}
         for has_controls in (True, False):
             numbers = [n for n, row in enumerate(rows) if row.has_controls is has_controls]
             texts = [rows[n].text for n in numbers]
@@ -139,7 +153,7 @@ class InstructionEncoder:
             for number, row in enumerate(rows)
         ]
 
-    def _without_controls(self, row: RenderedRow, tokens: _Tokens) -> _Tokens:
+    def _without_controls(self, row: RenderedRow, tokens: Tokens) -> Tokens:
         """Encode again what stands between control tokens of the template and holds a literal."""
         ids, offsets = tokens
         is_control = np.isin(ids, list(self._tokenizer.control_tokens.values()))
@@ -161,7 +175,7 @@ class InstructionEncoder:
                 place, start = border + 1, int(offsets[border, 1])
         return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])
 
-    def _ordinary(self, text: str, start: int) -> _Tokens:
+    def _ordinary(self, text: str, start: int) -> Tokens:
         """A part of a row, from character `start` on, as ordinary text."""
         encode = self._tokenizer.encode_offsets
         if start and self._starts_texts_with_space:
@@ -184,7 +198,14 @@ class InstructionEncoder:
         return not np.array_equal(inside[1:], first)
 
 
-def _encoded(row: RenderedRow, tokens: _Tokens) -> Encoded | None:
+def is_target_of(encoded: Encoded) -> np.ndarray:
+    """Which of a document's tokens the loss asks for."""
+    if encoded.is_target is None:
+        return np.ones(len(encoded.ids), dtype=bool)
+    return encoded.is_target
+
+
+def _encoded(row: RenderedRow, tokens: Tokens) -> Encoded | None:
     """None where no token is a target."""
     ids, offsets = tokens
     is_target = None

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.prepare.build.completions import write_completions
 from toolkit.data.prepare.build.parts import DOCUMENT, DOCUMENTS_NAME, Part, part_folder
 from toolkit.data.prepare.build.split_files import SplitFiles, SplitWriter, copy_documents
 from toolkit.data.tokens.prepared import SPLITS, Manifest, Split, SplitInfo, TokenDType
+from toolkit.data.tokens.units import DOCUMENTS, UnitKind
+from toolkit.storage.atomic import remove_tree
 
 BUCKET_DOCUMENTS = 1 << 21
 MAX_BUCKETS = 256
@@ -88,10 +91,15 @@ class KeptParts:
     """Parts, and what of each is kept; `duplicates`: the documents that are left out."""
 
     def __init__(
-        self, folder: Path, parts: Sequence[Part], dtype: TokenDType, duplicates: Duplicates | None
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        dtype: TokenDType,
+        duplicates: Duplicates | None,
+        unit: UnitKind | None = None,
     ) -> None:
         self._folder, self._parts, self._dtype = folder, parts, dtype
-        self._duplicates = duplicates
+        self._duplicates, self._unit = duplicates, unit
 
     def num_bytes(self) -> int:
         """Bytes of the files that `join` will write."""
@@ -102,10 +110,27 @@ class KeptParts:
                 num_tokens = int(np.diff(starts, append=files.info.num_tokens)[~drop].sum())
                 a_token = np.dtype(files.dtype).itemsize + (files.info.mask_hash is not None)
                 total += num_tokens * a_token + 8 * int((~drop).sum())
-        return total
+        # What is joined first, and the units made of it, in which nothing is more than twice.
+        return 3 * total if self._unit == "binary" else total
 
     def join(self, output: Path, *, has_mask: bool) -> dict[str, SplitInfo]:
-        """Write the token files of the splits that hold at least one token into `output`."""
+        """Write the token files of the splits that hold at least one document, or two binary rows,
+        into `output`."""
+        if self._unit != "binary":
+            return self._join(output, has_mask=has_mask)
+        workplace = output.with_name("completions")
+        remove_tree(workplace)
+        workplace.mkdir()
+        splits: dict[str, SplitInfo] = {}
+        joined = self._join(workplace, has_mask=has_mask)
+        for split in SPLITS:
+            if split in joined:
+                files = SplitFiles(workplace, split, self._dtype, joined[split])
+                splits |= write_completions(files, output)
+        remove_tree(workplace)
+        return splits
+
+    def _join(self, output: Path, *, has_mask: bool) -> dict[str, SplitInfo]:
         splits: dict[str, SplitInfo] = {}
         for split in SPLITS:
             writer = SplitWriter(output, split, self._dtype, has_mask=has_mask)
@@ -126,6 +151,8 @@ class KeptParts:
                 drop = np.zeros(info.num_documents, dtype=bool)
                 if self._duplicates is not None:
                     drop = self._duplicates.of(index, split)
+                    if self._unit is not None:
+                        drop = np.repeat(drop, DOCUMENTS)
                 yield SplitFiles(part_folder(self._folder, index), split, self._dtype, info), drop
 
 

@@ -22,6 +22,7 @@ from toolkit.data.config import DatasetConfig, TokenFilesSourceConfig
 from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, TokenEncoder
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
+from toolkit.data.prepare.build.unit_encoding import UnitEncoder
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import Shard
 from toolkit.data.prepare.tokenizers.bulk import bulk_encoder
@@ -177,7 +178,8 @@ def make_encoder(setup: PartsSetup, tokenizer: Tokenizer | None) -> Encoder:
         )
     assert tokenizer is not None
     if config.instructions is not None:
-        return InstructionEncoder(tokenizer, config.instructions, append_eos=config.append_eos)
+        kind = InstructionEncoder if config.unit is None else UnitEncoder
+        return kind(tokenizer, config.instructions, append_eos=config.append_eos)
     return TextEncoder(tokenizer, bulk_encoder(tokenizer) if setup.in_bulk else None)
 
 
@@ -205,7 +207,10 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
                     continue
                 split = split_of(piece, setup.config.validation_fraction)
                 taken[split].append((piece, encoded))
-                has_context |= encoded.is_target is not None and not encoded.is_target.all()
+                has_context |= any(
+                    one.is_target is not None and not one.is_target.all()
+                    for one in _documents(encoded)
+                )
                 if piece.starts:
                     digest = divmod(piece.digest, 1 << 64)
                     num_bytes = piece.num_bytes if piece.row is None else 0
@@ -240,24 +245,25 @@ def _append(
 ) -> None:
     """Write pieces of documents, with the tokens that start and end documents around them."""
     ids: list[np.ndarray] = []
-    masks: list[np.ndarray | bool] = []
+    masks: list[np.ndarray | int] = []
     starts, position = [], 0
     config, vocabulary = setup.config, setup.vocabulary
     bos = np.array([vocabulary.bos_id] if config.prepend_bos else [], np.uint32)
     eos = np.array([vocabulary.eos_id] if config.append_eos else [], np.uint32)
-    for piece, encoded in pieces:
-        first = len(ids)
-        if piece.starts:
-            starts.append(position)
-            if not encoded.starts_with_bos:
-                ids.append(bos)
-                masks.append(encoded.is_target is None)
-        ids.append(encoded.ids)
-        masks.append(True if encoded.is_target is None else encoded.is_target)
-        if piece.ends and not encoded.ends_with_eos:
-            ids.append(eos)
-            masks.append(encoded.eos_is_target)
-        position += sum(map(len, ids[first:]))
+    for piece, whole in pieces:
+        for encoded in _documents(whole):
+            first, target = len(ids), encoded.target
+            if piece.starts:
+                starts.append(position)
+                if not encoded.starts_with_bos:
+                    ids.append(bos)
+                    masks.append(target * (encoded.is_target is None))
+            ids.append(encoded.ids)
+            masks.append(target if encoded.is_target is None else target * encoded.is_target)
+            if piece.ends and not encoded.ends_with_eos:
+                ids.append(eos)
+                masks.append(target * encoded.eos_is_target)
+            position += sum(map(len, ids[first:]))
         text = piece.text
         writer.text_bytes += len(text) if text.isascii() else len(text.encode())
     all_ids = np.concatenate(ids)
@@ -272,6 +278,11 @@ def _append(
             [np.broadcast_to(mask, len(some)) for some, mask in zip(ids, masks, strict=True)]
         ).astype(np.uint8)
     writer.append(all_ids, np.array(starts, dtype=np.int64), targets)
+
+
+def _documents(encoded: Encoded) -> list[Encoded]:
+    """What a piece became: one document, or the two of a unit."""
+    return [encoded] if encoded.second is None else [encoded, encoded.second]
 
 
 def batches(pieces: Iterator[Piece], threads: int = 1) -> Iterator[list[Piece]]:

@@ -268,6 +268,7 @@ def _build(
             **counts,
             left_out_files=dict(plan.listing.left_out),
             audit=audit,
+            unit=config.unit or msgspec.UNSET,
             settings=settings_of(config),
             splits=splits,
         )
@@ -300,7 +301,7 @@ def _join(
         duplicates = Duplicates(parts_folder, len(parts), workplace)
         filtered["duplicate"] = duplicates.count
     saved = [path for path in (parts_folder / TOKENIZER_FOLDER).rglob("*") if path.is_file()]
-    kept = KeptParts(parts_folder, parts, setup.dtype, duplicates)
+    kept = KeptParts(parts_folder, parts, setup.dtype, duplicates, config.unit)
     places.make_room(kept.num_bytes() + sum(path.stat().st_size for path in saved))
     splits = kept.join(output, has_mask=setup.has_mask)
     if setup.has_mask:

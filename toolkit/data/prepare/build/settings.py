@@ -20,7 +20,7 @@ from toolkit.storage.foreign import read_bytes
 
 _ELSEWHERE = ("paths", "path", "streaming", "suffixes", "max_line_bytes")
 """Settings of a source that say where its text is, not which: folders may move."""
-_LATER_KEYS = ("context_roles", "train_keys", "mask_keys", "ignored_keys")
+_LATER_KEYS = ("kind", "context_roles", "train_keys", "mask_keys", "ignored_keys")
 
 
 def settings_of(config: DatasetConfig) -> dict[str, Any]:

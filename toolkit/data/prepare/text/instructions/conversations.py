@@ -70,6 +70,8 @@ class Conversation(NamedTuple):
     """Prompt and completion, for tokenizers without a chat template; None: a template is needed."""
     masked: tuple[int, ...] = ()
     """Messages that are not trained on, because their rows say so."""
+    is_written: bool = False
+    """Whether `plain` is the whole text already, to which no template is applied."""
 
     def answers(self) -> list[int]:
         """Numbers of the messages that can be trained on, were none masked: what the assistant
@@ -266,7 +268,14 @@ def read_conversation(row: dict[str, Any], config: InstructionsConfig) -> Conver
                 f"has no column {column!r}, which dataset.instructions.shape={shape} "
                 f"needs (there are {', '.join(row) or 'none'})"
             )
-    conversation = read(row, config)._replace(tools=_tools(row.get("tools")))
+    return finish_conversation(row, read(row, config), config)
+
+
+def finish_conversation(
+    row: dict[str, Any], conversation: Conversation, config: InstructionsConfig
+) -> Conversation:
+    """`conversation` with what a row says beside it: tools, and keys that mask all of it."""
+    conversation = conversation._replace(tools=_tools(row.get("tools")))
     if config.system_prompt is not None:
         conversation = _with_system_prompt(conversation, config.system_prompt)
     if is_trained(row, config, is_row=True) is False:
@@ -275,16 +284,16 @@ def read_conversation(row: dict[str, Any], config: InstructionsConfig) -> Conver
 
 
 def _messages(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
-    return _conversation(_turns(row, "messages", config))
+    return conversation_of(turns_of(row, "messages", config))
 
 
 def _prompt_completion(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _single_turn(prompt, completion, (prompt, completion))
+        return single_turn(prompt, completion, (prompt, completion))
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _turns(row, "prompt", config)
-        conversation = _conversation(context + _turns(row, "completion", config))
+        context = turns_of(row, "prompt", config)
+        conversation = conversation_of(context + turns_of(row, "completion", config))
         return conversation._replace(num_context=len(context))
     raise DataError(
         f"prompt is {kind_of(prompt)} and completion is {kind_of(completion)}; give both as text "
@@ -303,17 +312,17 @@ def _alpaca(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     middle = f"### Input:\n{given}\n\n" if given else ""
     plain = f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
     prompt = f"{instruction}\n\n{given}" if given else instruction
-    return _single_turn(prompt, output, (plain, output))
+    return single_turn(prompt, output, (plain, output))
 
 
 def _sharegpt(row: dict[str, Any], config: InstructionsConfig) -> Conversation:
     if not isinstance(row["conversations"], list):
         raise DataError(f"conversations must be a list, not {kind_of(row['conversations'])}")
-    turns = _turns(row, "conversations", config, read=read_sharegpt_turn)
+    turns = turns_of(row, "conversations", config, read=read_sharegpt_turn)
     system = row.get("system")
     if isinstance(system, str) and system and not _has_system([t.message for t in turns]):
         turns.insert(0, Turn({"role": "system", "content": system}))
-    return _conversation(turns)
+    return conversation_of(turns)
 
 
 _SHAPES: dict[
@@ -328,7 +337,7 @@ _SHAPES: dict[
 """The columns that each shape needs, and what reads them."""
 
 
-def _turns(
+def turns_of(
     row: dict[str, Any],
     column: str,
     config: InstructionsConfig,
@@ -344,12 +353,12 @@ def _turns(
     return turns
 
 
-def _conversation(turns: list[Turn]) -> Conversation:
+def conversation_of(turns: list[Turn]) -> Conversation:
     masked = tuple(number for number, turn in enumerate(turns) if turn.is_trained is False)
     return Conversation([turn.message for turn in turns], masked=masked)
 
 
-def _single_turn(prompt: str, answer: str, plain: tuple[str, str]) -> Conversation:
+def single_turn(prompt: str, answer: str, plain: tuple[str, str]) -> Conversation:
     messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
     return Conversation(messages, num_context=1, plain=plain)
 

@@ -57,6 +57,14 @@ class RenderedRow(NamedTuple):
     ends_with_eos: bool = False
 
 
+class Side(NamedTuple):
+    """A prompt with an answer to it."""
+
+    rendered: RenderedRow
+    start: int
+    """Where the prompt ends and the answer starts, in characters."""
+
+
 class Outline(NamedTuple):
     """A row and what it is made of."""
 
@@ -99,7 +107,19 @@ class RowRenderer:
     def render(self, row: dict[str, Any]) -> RenderedRow | None:
         """The text of a row; None when there is nothing in it to train on. DataError, which shows
         what was rendered, where the row has no known shape, or the template does not suit it."""
-        conversation = read_conversation(row, self._config)
+        found = self._render(read_conversation(row, self._config), is_side=False)
+        return None if found is None else found.rendered
+
+    def render_side(self, conversation: Conversation) -> Side | None:
+        """The same of a conversation with a prompt, a side of a preference row. Where the loss
+        counts all of it, that is all after the prompt."""
+        found = self._render(conversation, is_side=True)
+        if found is None or found.rendered.targets is not None:
+            return found
+        targets = [(found.start, len(found.rendered.text))]
+        return found._replace(rendered=found.rendered._replace(targets=targets))
+
+    def _render(self, conversation: Conversation, *, is_side: bool) -> Side | None:
         masked = conversation.masked
         if len(masked) == len(conversation.messages):
             return None
@@ -111,15 +131,16 @@ class RowRenderer:
         answers = [number for number in self._wanted(conversation) if number not in masked]
         if not answers and not self._counts_all:
             return None
-        if not self._names:
-            return self._join(conversation)
+        if not self._names or conversation.is_written:
+            return Side(self._join(conversation), len((conversation.plain or ("",))[0]))
         written = _Written(self._made[self._choose(conversation)], conversation, answers)
         targets: list[Span] = []
         try:
             written.check_complete(self._config.ignored_keys)
             if not self._counts_all:
                 targets = written.answer_spans()
-            return self._finish(written, targets)
+            start = written.side_start(targets) if is_side else 0
+            return Side(self._finish(written, targets), start)
         except DataError as error:
             if not targets:
                 whole = [(0, len(written.text))]
@@ -141,6 +162,12 @@ class RowRenderer:
             turns = [("user", (0, place)), (ASSISTANT, (place, len(text)))]
         targets = rendered.targets or [(0, len(text))]
         return Outline(rendered, name, turns, excerpt(text, targets))
+
+    def template_of(self, conversation: Conversation) -> str:
+        """Name of the template that a conversation takes; `none`: it takes none."""
+        if not self._names or conversation.is_written:
+            return "none"
+        return self._choose(conversation)
 
     def _choose(self, conversation: Conversation) -> str:
         """The name of the template for a conversation."""
@@ -294,17 +321,32 @@ class _Written:
         for answer in self.answers:
             span = self._span(answer)
             if span is None:
-                is_last = answer == self.answers[-1]
-                advice = "" if is_last else "set dataset.instructions.train_on=last_assistant, or "
-                raise DataError(
-                    f"the chat template writes message {answer} (assistant) or what stands before "
-                    "it differently once the answer or other messages follow, so what the model "
-                    f"would see and say at that point is not in the text; {advice}give a "
-                    "chat_template that leaves earlier text as it was, or marks answers with "
-                    "{% generation %}"
-                )
+                raise self._rewritten(answer)
             spans.append(span)
         return spans
+
+    def _rewritten(self, answer: int) -> DataError:
+        is_last = answer == self.answers[-1]
+        advice = "" if is_last else "set dataset.instructions.train_on=last_assistant, or "
+        return DataError(
+            f"the chat template writes message {answer} (assistant) or what stands before it "
+            "differently once the answer or other messages follow, so what the model would see "
+            f"and say at that point is not in the text; {advice}give a chat_template that leaves "
+            "earlier text as it was, or marks answers with {% generation %}"
+        )
+
+    def side_start(self, targets: Sequence[Span]) -> int:
+        """Where the first message after the prompt starts; `targets` are the answers' spans."""
+        first = self.conversation.num_context
+        if targets and self.answers[0] == first:
+            return targets[0][0]
+        if self.template.has_marks:
+            start, _ = self._marks[self._num_marks(first)]
+            return start
+        span = self._span(first)
+        if span is None:
+            raise self._rewritten(first)
+        return span[0]
 
     def turns(self) -> list[tuple[str, Span]]:
         """Role and characters of each message. Where the template writes a turn differently once
@@ -345,15 +387,7 @@ class _Written:
         return self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def _marked_spans(self) -> list[Span]:
-        messages = self.conversation.messages
-
-        def before(number: int) -> int:
-            """How many marks the template puts into the messages before message `number`."""
-            if all(message["role"] != ASSISTANT for message in messages[:number]):
-                return 0
-            return len(self._fewer(number).marks)
-
-        first = self.answers[0]
+        before, first = self._num_marks, self.answers[0]
         masked = set(self.conversation.masked) & set(self.conversation.answers())
         if not any(number > first for number in masked):
             return self._marks[before(first) :]
@@ -362,6 +396,13 @@ class _Written:
             for answer in self.answers
             for span in self._marks[before(answer) : before(answer + 1)]
         ]
+
+    def _num_marks(self, number: int) -> int:
+        """How many marks the template puts into the messages before message `number`."""
+        messages = self.conversation.messages
+        if all(message["role"] != ASSISTANT for message in messages[:number]):
+            return 0
+        return len(self._fewer(number).marks)
 
     def _span(self, answer: int) -> Span | None:
         """None: what the template writes for fewer messages is no beginning of the text."""

@@ -1,0 +1,61 @@
+"""Does the data suit what is trained? Told from the config, or from manifests once they are there."""
+
+from toolkit.data.config import DataConfig
+from toolkit.data.corpus_info import CorpusInfo, datasets_of, eval_sets_of
+from toolkit.data.tokens.units import UNIT_NAMES, UnitKind
+from toolkit.errors import ConfigError
+
+_KIND_OF: dict[UnitKind, str] = {"pair": "preference", "binary": "binary"}
+_OBJECTIVES: dict[UnitKind | None, str] = {
+    "pair": "train_module.objective.type to dpo, orpo, simpo or reward",
+    "binary": "train_module.objective.type to kto",
+    None: "train_module.objective to null (a language model)",
+}
+"""What trains on each kind of data."""
+
+
+def check_data_kind(
+    cfg: DataConfig, wanted: UnitKind | None, *, trains: str, info: CorpusInfo | None = None
+) -> None:
+    """Raise ConfigError unless all data of `cfg`, evaluation sets included, is what is trained on.
+
+    Args:
+        wanted: the unit that is needed; None: text, or conversations.
+        trains: what needs it, for the message, as "train_module.objective dpo".
+        info: of the data, once it is prepared; without it, the config tells.
+    """
+    if cfg.dataset.custom is not None:
+        if wanted is not None:
+            raise ConfigError(
+                f"{trains} needs {UNIT_NAMES[wanted]}, which dataset.custom cannot give; prepare "
+                f"rows with dataset.instructions.kind={_KIND_OF[wanted]}"
+            )
+        return
+    for where, found in _units(cfg, info):
+        if found == wanted:
+            continue
+        needs = "text or conversations" if wanted is None else UNIT_NAMES[wanted]
+        holds = "text or conversations" if found is None else UNIT_NAMES[found]
+        rows = "plain text or conversations (dataset.instructions.kind=conversations)"
+        if wanted is not None:
+            rows = f"rows for dataset.instructions.kind={_KIND_OF[wanted]}"
+        raise ConfigError(
+            f"{trains} needs {needs}, and {where} holds {holds}; set {_OBJECTIVES[found]}, or give "
+            f"{rows}"
+        )
+
+
+def _units(cfg: DataConfig, info: CorpusInfo | None) -> list[tuple[str, UnitKind | None]]:
+    """Every corpus, for a message, and the unit of its documents."""
+    if info is not None:
+        return [
+            (str(prepared.folder), prepared.unit)
+            for _, prepared in (*info.parts.values(), *info.eval_parts.values())
+        ]
+    corpora = [
+        (f"dataset.mix.sources.{name}" if name else "dataset", config)
+        for name, config in datasets_of(cfg).items()
+    ]
+    corpora += [(f"dataset.eval_sets.{name}", one) for name, one in eval_sets_of(cfg).items()]
+    # Without a source the token files are taken as they are, whatever is said of rows.
+    return [(where, config.unit) for where, config in corpora if config.source is not None]
