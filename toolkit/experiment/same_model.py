@@ -9,9 +9,10 @@ from toolkit.errors import CheckpointError
 _FREE_MODEL_FIELDS = frozenset(
     {"loss_chunk_size", "init_std", "init_scale_residual", "initializer_range"}
 )
-# Longer context from the same weights: a new run may change these. Shapes are checked on loading.
+# Longer context from the same weights, and a head of scores: a new run may change these. Shapes are
+# checked on loading.
 _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
-    "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length"
+    "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length", "num_scores"
 }  # fmt: skip
 
 

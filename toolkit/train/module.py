@@ -31,6 +31,8 @@ class TrainModule(ABC):
     environment: TrainingEnvironment
     is_language_model = True
     """Whether checkpoints can be exported for transformers, where it has such a class."""
+    has_perplexity = True
+    """Whether the exponential of the loss is a perplexity."""
     progress: Progress | None = None
     """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any

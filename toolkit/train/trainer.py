@@ -312,7 +312,8 @@ class Trainer:
             return
         if stream == "train":
             for record in records:
-                record["ppl"] = math.exp(min(record["loss"], 700.0))
+                if state.train_module.has_perplexity:
+                    record["ppl"] = math.exp(min(record["loss"], 700.0))
                 record["skipped"] = int(record["skipped"])
                 self._watch_skipped(record)
             state.last_loss = records[-1]["loss"]

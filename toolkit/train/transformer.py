@@ -24,7 +24,7 @@ from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
-from toolkit.errors import ConfigError, TrainingError
+from toolkit.errors import ConfigError, DataError, TrainingError
 from toolkit.models.init import canonical_parameters
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
@@ -246,6 +246,11 @@ class TransformerTrainModule(EngineTrainModule):
             )
 
     def _inputs(self, batch: Batch) -> Microbatch:
+        if "units" in batch:
+            raise DataError(
+                "the batch holds pairs or marked answers, which a language model does not learn "
+                "from; set train_module.objective"
+            )
         moved = {
             name: batch[name].to(self.environment.device, non_blocking=True)
             for name in ("input_ids", "document_ids", "label_mask")

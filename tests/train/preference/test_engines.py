@@ -29,8 +29,11 @@ OBJECTIVES: dict[str, Any] = {
 STEPS = 2
 
 
-def histories(engine: str, rows: int, names: list[str], **changes: Any) -> dict[str, list[dict]]:
+def histories(
+    engine: str, rows: int, names: list[str], changes: dict[str, Any] | None = None
+) -> dict[str, list[dict]]:
     """Losses and gradient norms of each objective, with microbatches of so many rows."""
+    changes = dict(changes or {})
     model = changes.pop("model", {})
     base = module_config(
         engine, rank_microbatch_size=rows * SEQ, optim=SGDConfig(lr=0.1), **changes
@@ -95,7 +98,7 @@ def test_engines_agree(
 def test_ranks_that_share_rows_agree(
     workers: WorkerPool, expected: dict[str, list[dict]], axis: dict, names: list[str]
 ) -> None:
-    assert_agree(workers.run(2, histories, "fsdp", 8, names, **axis)[0], expected)
+    assert_agree(workers.run(2, histories, "fsdp", 8, names, axis)[0], expected)
 
 
 def test_adapters_and_experts_agree(workers: WorkerPool) -> None:
@@ -103,5 +106,5 @@ def test_adapters_and_experts_agree(workers: WorkerPool) -> None:
         "lora": LoRAConfig(rank=2, target_modules=("*.attention.*",)),
         "model": {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=16)},
     }
-    expected = histories("single", ROWS, ["dpo"], **changes)
-    assert_agree(workers.run(2, histories, "fsdp", 2, ["dpo"], **changes)[0], expected)
+    expected = histories("single", ROWS, ["dpo"], changes)
+    assert_agree(workers.run(2, histories, "fsdp", 2, ["dpo"], changes)[0], expected)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from toolkit.checkpoint.find import find_checkpoint, find_remote_checkpoint
-from toolkit.checkpoint.folder import MODEL_PREFIX, CheckpointMetadata, read_metadata
+from toolkit.checkpoint.folder import MODEL_PREFIX, read_metadata
 from toolkit.checkpoint.load import load_weights
 from toolkit.distributed.devices import compute_dtype
 from toolkit.distributed.environment import TrainingEnvironment
@@ -24,7 +24,6 @@ from toolkit.models.config import ModelConfig
 from toolkit.models.init import canonical_parameters
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
-from toolkit.train.adapter_base import MERGE
 from toolkit.train.progress import no_checkpoint
 
 
@@ -40,22 +39,6 @@ def newest_checkpoint(path: str, environment: TrainingEnvironment) -> Path | str
     if found is None:
         raise CheckpointError(no_checkpoint(path))
     return found
-
-
-def check_vocabulary(
-    checkpoint: Path | str, metadata: CheckpointMetadata, vocab_size: int, *, key: str
-) -> None:
-    """Raise CheckpointError where the model in `checkpoint` has other tokens than one of
-    `vocab_size`, or is an adapter without its base."""
-    if metadata.extra.get("adapter") is not None:
-        raise CheckpointError(f"{key}: {checkpoint} holds an adapter, not a whole model; {MERGE}")
-    model = metadata.extra.get("model")
-    found = model.get("vocab_size") if isinstance(model, dict) else None
-    if found != vocab_size:
-        raise CheckpointError(
-            f"{key}: {checkpoint} has a vocabulary of {found} tokens, model.vocab_size is "
-            f"{vocab_size}; take a model with the same tokenizer"
-        )
 
 
 def load_frozen(

@@ -52,6 +52,7 @@ class PreferenceTrainModule(TransformerTrainModule):
     """A `TransformerTrainModule` whose batches are units of two documents, and whose loss is that
     of `config.objective`."""
 
+    has_perplexity = False
     _counts: ClassVar[tuple[str, ...]] = (
         "units", "targets", "nll_tokens", "desirable", "undesirable",
     )  # fmt: skip

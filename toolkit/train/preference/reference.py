@@ -30,10 +30,10 @@ from toolkit.storage.atomic import write_atomic
 from toolkit.train.adapter_base import BaseCheckpoint, describe_base
 from toolkit.train.preference.frozen import (
     FrozenModel,
-    check_vocabulary,
     load_frozen,
     newest_checkpoint,
 )
+from toolkit.train.preference.vocabulary import check_same_vocabulary
 from toolkit.wording import count
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class References:
                 )
         if checkpoint is None:
             raise CheckpointError(f"{KEY}: name the reference model, or trainer.load_path")
-        vocab_size = module.model_config.vocab_size
-        check_vocabulary(checkpoint, read_metadata(checkpoint), vocab_size, key=KEY)
+        extra, vocab_size = read_metadata(checkpoint).extra, module.model_config.vocab_size
+        check_same_vocabulary(checkpoint, extra, vocab_size, key=KEY)
         self._record = _plain(describe_base(checkpoint))
         return checkpoint
 
@@ -141,7 +141,7 @@ class References:
             "base_in": lora.quantize_base if lora is not None and self._is_own_base else None,
             "precision": self._module.environment.layout.precision,
         }
-        return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True))
+        return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def _read(self, path: Path, state: Any) -> np.ndarray | None:
         """The table in `path` on every rank; None: there is none that is whole."""
