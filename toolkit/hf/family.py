@@ -16,6 +16,8 @@ from toolkit.models.parameters import parameter_shapes
 
 _REQUIRED: Any = object()
 _NOTED = ("drop", "noise")
+SCORED = "ForSequenceClassification"
+"""How the names of classes end whose head gives scores, at the last token."""
 
 Tensors = Sequence[Tensor]
 
@@ -176,8 +178,18 @@ class Family(NamedTuple):
     """Checkpoints of the bare model lack it (`openai-community/gpt2`)."""
     buffers: tuple[str, ...] = ()
     """Regular expressions over names of tensors that some files hold and the config implies."""
+    can_score: bool = True
+    """Whether there is a class `...ForSequenceClassification` too."""
     only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
+
+    def class_of(self, config: TransformerConfig) -> str:
+        """The class of `transformers` that computes `config`: `architecture`, or the one whose head
+        gives scores."""
+        if config.num_scores is None:
+            return self.architecture
+        stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return {"Gemma3": "Gemma3Text"}.get(stem, stem) + SCORED
 
     def read_config(self, settings: Settings) -> dict[str, Any]:
         """Fields of `TransformerConfig`; raises CheckpointError for what our parts do not cover."""

@@ -193,6 +193,7 @@ MIXTRAL = Family(
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
+    can_score=False,
     parts=(
         required("clip_qkv", None),
         WHOLE_HEADS,
