@@ -22,7 +22,10 @@ EXPECTED = {
     "smoke", "quickstart", "gpt2_124M", "llama_271M", "llama_271M_c4", "olmo2_190M", "olmo2_1B",
     "olmoe_1B_7B", "llama3_8B", "olmo2_7B", "olmo2_32B", "llama3_70B", "qwen3_30B_A3B",
 }  # fmt: skip
-FROM_A_MODEL = {"finetune", "finetune_lora", "sft_chat", "continue_pretraining"}
+FROM_A_MODEL = {
+    "finetune", "finetune_lora", "sft_chat", "continue_pretraining", "dpo", "kto", "orpo", "simpo",
+    "reward", "distill",
+}  # fmt: skip
 """Need `--base`."""
 
 
@@ -158,8 +161,12 @@ def test_a_folder_that_is_no_model_is_no_base(tmp_path: Path) -> None:
 def test_recipes_are_listed_by_size_and_those_without_a_model_last() -> None:
     listed = [recipe for recipe in describe_recipes() if not recipe.name.startswith("official/")]
     assert listed[0].name == "smoke"
-    assert [recipe.name for recipe in listed[-4:]] == sorted(FROM_A_MODEL)
-    assert {recipe.name: recipe.needs for recipe in listed[-4:]} == {
+    last = listed[-len(FROM_A_MODEL) :]
+    assert [recipe.name for recipe in last] == sorted(FROM_A_MODEL)
+    needs = {recipe.name: recipe.needs for recipe in last}
+    for name in ("distill", "dpo", "kto", "orpo", "reward", "simpo"):
+        assert needs.pop(name) == ["--base", "download"]
+    assert needs == {
         "continue_pretraining": ["--base", "download"],
         "finetune": ["--base"],
         "finetune_lora": ["--base", "download"],
