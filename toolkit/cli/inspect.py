@@ -70,6 +70,8 @@ def _print(found: "Inspection") -> None:
         facts.append(f"bos id {found.bos_id} starts documents")
     if found.eos_id is not None and found.append_eos is not False:
         facts.append(f"eos id {found.eos_id} ends documents")
+    if found.unit is not None:
+        facts.append(f"every two documents are a unit ({found.unit})")
     if found.tokenizer is not None:
         facts.append(f"tokenizer {found.tokenizer}")
     typer.echo(f"{found.path}: {', '.join(facts)}")
@@ -91,7 +93,8 @@ def _print(found: "Inspection") -> None:
             ]
         )
     print_table(header, rows, right=header[1:])
-    for line in found.audit.lines() if found.audit is not None else ():
+    of_units = found.unit is not None
+    for line in found.audit.lines(of_units=of_units) if found.audit is not None else ():
         typer.echo(line)
     for split in found.splits:
         _print_lengths(split)
@@ -139,9 +142,11 @@ def _print_sample(split: str, sample: "Sample") -> None:
     if sample.num_tokens is None:
         length = "beginning"
     else:
-        cut = ", beginning" if sample.num_tokens > len(sample.ids) else ""
+        which = "beginning" if sample.side is None else "around the end of the prompt"
+        cut = f", {which}" if sample.num_tokens > len(sample.ids) else ""
         length = f"{sample.num_tokens:,} tokens{cut}"
-    typer.echo(f"{split}, document {sample.document:,} ({length}):")
+    side = f", {sample.side}" if sample.side is not None else ""
+    typer.echo(f"{split}{side}, document {sample.document:,} ({length}):")
     text = sample.text if sample.text is not None else " ".join(map(str, sample.ids))
     for line in visible(text, kept="\n\t").split("\n"):
         typer.echo(f"    {line}")

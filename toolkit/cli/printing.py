@@ -144,7 +144,10 @@ def print_pieces(
                 return
             part = ranges[document]
             tokens = f"{part.start:,} to {part.end - 1:,} of {part.num_tokens:,}"
-            console.print(Text(f"  document {document:,}, tokens {tokens}", style=next(colors)))
+            name = f"document {document:,}"
+            if isinstance(piece.side, str):
+                name = f"{piece.side} ({name})"
+            console.print(Text(f"  {name}, tokens {tokens}", style=next(colors)))
         text = visible(piece.text, kept="\n\t")
         if piece.is_target:
             line.append(f"{TARGET[0]}{text}{TARGET[1]}", style="green")

@@ -16,7 +16,7 @@ from toolkit.data.instances.base import DocumentPart, target_mask
 from toolkit.data.order.batches import BatchOrder, StreamBatches
 from toolkit.data.order.plan import Segment
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces
+from toolkit.data.prepare.tools.show import DecodedPiece, decode_pieces, sides_of
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import found_config
@@ -84,7 +84,10 @@ def step_batch(
     instances = []
     for row, index in enumerate(indices.tolist()):
         parts = corpus.train.documents(index)
-        text = decode_pieces(tokenizer, ids[row], targets[row], parts) if row < show else None
+        text = None
+        if row < show:
+            sides = sides_of(corpus.train, rows, parts, row)
+            text = decode_pieces(tokenizer, ids[row], targets[row], parts, sides)
         source, number = corpus.locate(index)
         instances.append(
             BatchInstance(number, ids.shape[1], int(targets[row].sum()), parts, text, source)

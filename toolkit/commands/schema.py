@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from typing import Any, NamedTuple
 
 from toolkit.config.schema import field_docs
@@ -63,14 +64,27 @@ def describe_path(path: str) -> list[Section]:
         owners = [s for s in struct_types(owner) if name in _names(s)]
         fields = [_field(owners[0], name)] if owners else [Field(name, describe(target), None, "")]
         return [Section(path, "", fields)]
-    many = _is_many(target)
-    found: list[Section] = []
-    for struct, tag in zip(structs, _tags(target), strict=True):
-        title = f"{path}{', each' if many else ''}{f' with type: {tag}' if tag else ''}"
-        doc = " ".join(inspect.cleandoc(struct.cls.__doc__ or "").split())
-        doc = f"{doc} {_BY_NAME.get(path, '')}".strip() if not found else doc
-        found.append(Section(title, doc, [_field(struct, name) for name in _names(struct)]))
+    title = f"{path}, each" if _is_many(target) else path
+    described = [[_field(struct, name) for name in _names(struct)] for struct in structs]
+    shared = _shared(described)
+    doc = _BY_NAME.get(path, "")
+    found = [Section(f"{title} of any type", doc, shared)] if shared else []
+    for struct, tag, fields in zip(structs, _tags(target), described, strict=True):
+        own = [field for field in fields if field not in shared]
+        text = _doc(struct) if found else f"{_doc(struct)} {doc}".strip()
+        found.append(Section(f"{title}{f' with type: {tag}' if tag else ''}", text, own))
     return found
+
+
+def _shared(described: list[list[Field]]) -> list[Field]:
+    """What every one of several structs has, with the same default."""
+    if len(described) < 2:
+        return []
+    return [field for field in described[0] if all(field in fields for fields in described[1:])]
+
+
+def _doc(struct: Any) -> str:
+    return " ".join(inspect.cleandoc(struct.cls.__doc__ or "").split())
 
 
 def _full(path: str) -> str:
@@ -124,7 +138,10 @@ def _field(struct: Any, name: str) -> Field:
         default = (
             text if len(text) <= _LONGEST_DEFAULT else brackets.get(text[0], f"{text[:56]}...")
         )
-    return Field(name, _words(field.type), default, field_docs(struct.cls).get(name, ""))
+    doc = field_docs(struct.cls).get(name, "")
+    if not doc and len(inner := struct_types(field.type)) == 1:
+        doc = re.split(r"(?<=\.)\s", _doc(inner[0]), maxsplit=1)[0]
+    return Field(name, _words(field.type), default, doc)
 
 
 def _words(target: Any) -> str:

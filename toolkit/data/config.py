@@ -247,6 +247,16 @@ class DatasetConfig(Config, kw_only=True):
         given = [name for name in ("source", "mix", "custom") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
+        for field in ("instances", "eval_instances"):
+            kind = getattr(self, field)
+            if self.unit is not None and isinstance(
+                kind, FixedInstancesConfig | VariableInstancesConfig
+            ):
+                raise ValueError(
+                    f"{field} of type {kind.__struct_config__.tag} cut documents, and those of "
+                    f"{self.unit} data (instructions.kind) stay whole; set {field} to "
+                    "{type: packed} or {type: padded}"
+                )
         if self.tokenizer is None and not (
             self.source is None or isinstance(self.source, TokenFilesSourceConfig)
         ):

@@ -23,6 +23,7 @@ from toolkit.data.tokens.prepared import (
     open_prepared,
     read_prepared,
 )
+from toolkit.data.tokens.units import name_of
 from toolkit.errors import ConfigError, ErrorList, renaming
 
 VAL = "val"
@@ -152,6 +153,12 @@ def check_same_tokens(
     and end alike."""
     (first_name, first), *others = sources.items()
     for name, prepared in others:
+        if prepared.unit != first.unit:
+            raise ConfigError(
+                f"{key}: {first_name} and {name} do not {verb}: {first.folder} holds "
+                f"{name_of(first.unit)}, {prepared.folder} {name_of(prepared.unit)}; give all of "
+                "them rows of one kind (instructions.kind)"
+            )
         for what, field in (
             ("their tokenizers", "tokenizer_fingerprint"),
             ("their end-of-document ids", "eos_id"),

@@ -1,17 +1,11 @@
-"""Does the data suit what is trained? Told from the config, or from manifests once they are there."""
+"""Does the data suit what is trained? Told from the config, or from manifests that are there."""
 
 from toolkit.data.config import DataConfig
 from toolkit.data.corpus_info import CorpusInfo, datasets_of, eval_sets_of
-from toolkit.data.tokens.units import UNIT_NAMES, UnitKind
+from toolkit.data.tokens.units import TRAINED_BY, UNIT_OF, UnitKind, name_of
 from toolkit.errors import ConfigError
 
-_KIND_OF: dict[UnitKind, str] = {"pair": "preference", "binary": "binary"}
-_OBJECTIVES: dict[UnitKind | None, str] = {
-    "pair": "train_module.objective.type to dpo, orpo, simpo or reward",
-    "binary": "train_module.objective.type to kto",
-    None: "train_module.objective to null (a language model)",
-}
-"""What trains on each kind of data."""
+_KIND_OF = {unit: kind for kind, unit in UNIT_OF.items()}
 
 
 def check_data_kind(
@@ -27,21 +21,19 @@ def check_data_kind(
     if cfg.dataset.custom is not None:
         if wanted is not None:
             raise ConfigError(
-                f"{trains} needs {UNIT_NAMES[wanted]}, which dataset.custom cannot give; prepare "
+                f"{trains} needs {name_of(wanted)}, which dataset.custom cannot give; prepare "
                 f"rows with dataset.instructions.kind={_KIND_OF[wanted]}"
             )
         return
     for where, found in _units(cfg, info):
         if found == wanted:
             continue
-        needs = "text or conversations" if wanted is None else UNIT_NAMES[wanted]
-        holds = "text or conversations" if found is None else UNIT_NAMES[found]
         rows = "plain text or conversations (dataset.instructions.kind=conversations)"
         if wanted is not None:
             rows = f"rows for dataset.instructions.kind={_KIND_OF[wanted]}"
         raise ConfigError(
-            f"{trains} needs {needs}, and {where} holds {holds}; set {_OBJECTIVES[found]}, or give "
-            f"{rows}"
+            f"{trains} needs {name_of(wanted)}, and {where} holds {name_of(found)}; set "
+            f"{TRAINED_BY[found]}, or give {rows}"
         )
 
 

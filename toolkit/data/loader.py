@@ -178,7 +178,8 @@ class TrainLoader:
         """This rank's rows of batch `start_batch` and all that follow, over epochs without end.
 
         Yields `input_ids` int64 (rows, seq), and where the instances have them `label_mask` bool
-        and `document_ids` int32 of the same shape.
+        and `document_ids` int32 of the same shape; of preference and binary data `label_mask` is
+        uint8, and `units` int64 (rows, K) are the numbers of the row's units.
         """
         self.batches_done = start_batch
         with contextlib.closing(self._batches(start_batch)) as batches:

@@ -60,8 +60,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """Recorded values; of a long run the least and greatest of each span."""
     means: Series | None
     """Of a long run, the mean of each span, which is what smoothing starts from."""
-    is_evaluation: bool = False
-    """Never smoothed: few points, each of much text."""
+    is_exact: bool = False
+    """Never smoothed: an evaluation (few points, each of much text) or a schedule."""
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, l
     found: dict[str, list[Chart]] = {}
     for chart in wanted:
         curves = [
-            _curve(*curve, points, is_evaluation=id(curve[2]) in evaluations)
+            _curve(*curve, points, is_exact=chart.section == "lr" or id(curve[2]) in evaluations)
             for curve in _some(chart.curves)
         ]
         drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
@@ -222,11 +222,11 @@ def _some(curves: list[tuple[int, str, Series]]) -> list[tuple[int, str, Series]
     return [curves[place] for place in places]
 
 
-def _curve(run: int, label: str, series: Series, points: int, *, is_evaluation: bool) -> Curve:
+def _curve(run: int, label: str, series: Series, points: int, *, is_exact: bool) -> Curve:
     """Three fifths of the points for the extremes, the rest for the means."""
-    if len(series.step) <= points or is_evaluation:
+    if len(series.step) <= points or is_exact:
         cut = down_sampled(series, points)
-        return Curve(run=run, label=label, points=cut, means=None, is_evaluation=is_evaluation)
+        return Curve(run=run, label=label, points=cut, means=None, is_exact=is_exact)
     few = max(8, points * 3 // 5)
     return Curve(
         run=run,

@@ -50,8 +50,10 @@ function ticks(low, high, number) {
 
 function logTicks(low, high) {
   const found = [], apart = Math.max(1, Math.ceil((high - low) / 6));
-  for (let n = Math.ceil(low); n <= high; n += apart) found.push(n);
-  return found.length > 1 ? found : ticks(low, high, 4);
+  const steps = high - low > 2 ? [1] : high - low > 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
+  for (let n = Math.floor(low); n <= high; n += apart)
+    for (const step of steps) if (n + Math.log10(step) >= low && n + Math.log10(step) <= high) found.push(n + Math.log10(step));
+  return found.length > 1 ? found : ticks(10 ** low, 10 ** high, 4).filter(n => n > 0).map(Math.log10);
 }
 
 function lines(chart, axis, weight) {

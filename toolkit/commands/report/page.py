@@ -146,7 +146,7 @@ def _chart(chart: Chart, start: list[float]) -> dict[str, Any]:
 
 def _curve(curve: Curve, start: float) -> dict[str, Any]:
     found = {"run": curve.run, "label": visible(curve.label), **_columns(curve.points, start)}
-    if curve.is_evaluation:
+    if curve.is_exact:
         found["exact"] = True
     if curve.means is not None:
         found["means"] = _columns(curve.means, start)

@@ -16,7 +16,7 @@ from toolkit.data.config import (
 )
 from toolkit.data.instances.plans import plan_of
 from toolkit.data.tokens.prepared import SPLITS, PreparedDataset, Split
-from toolkit.data.tokens.units import UNIT_NAMES
+from toolkit.data.tokens.units import name_of
 from toolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def check_unit_rows(prepared: PreparedDataset, kind: InstancesConfig) -> None:
     ):
         raise ConfigError(
             f"dataset.instances of type {kind.__struct_config__.tag} cut documents, and "
-            f"{prepared.folder} holds {UNIT_NAMES[prepared.unit]}, which stay whole; set "
+            f"{prepared.folder} holds {name_of(prepared.unit)}, which stay whole; set "
             "dataset.instances to packed, or to padded"
         )
 

@@ -28,6 +28,7 @@ class TokenRows:
         self.sequence_length, self.fingerprint = sequence_length, fingerprint
         self.bytes_per_token = prepared.bytes_per_token(split)
         self.tokenizer_folder = prepared.tokenizer_folder
+        self.unit = prepared.unit
         self.num_units = prepared.num_units(split)
         self._tokens = np.asarray(prepared.tokens(split))
         self._pages = Pages(self._tokens)

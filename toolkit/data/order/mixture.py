@@ -56,6 +56,7 @@ class MixedDataset:
         self._is_uniform = all(rows.keys() == self._like.keys() for rows in firsts)
         units = [getattr(dataset, "num_units", 0) for dataset in self.datasets]
         self._first_units = np.cumsum([0, *units])
+        self.unit = getattr(self.datasets[0], "unit", None)
         self.num_units = int(self._first_units[-1])
         self.units_per_row = max(
             (getattr(dataset, "units_per_row", 0) for dataset in self.datasets), default=0

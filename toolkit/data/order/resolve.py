@@ -10,6 +10,7 @@ from typing import NamedTuple
 from toolkit.data.config import DatasetConfig, VariableInstancesConfig
 from toolkit.data.order.config import MixConfig, MixSourceConfig, read_mix
 from toolkit.data.tokens.prepared import dataset_folder
+from toolkit.data.tokens.units import name_of
 from toolkit.errors import ConfigError
 
 SMALLEST_SHARE = Fraction(1, 1_000_000)
@@ -88,11 +89,24 @@ def _resolve(config: DatasetConfig) -> tuple[list[ResolvedSource], list[RatioSeg
         if any(segment.shares[leaf.name] for segment in segments)
     ]
     _check_folders(sources)
+    _check_units(sources)
     names = [source.name for source in sources]
     return sources, [
         RatioSegment(segment.at_tokens, {name: segment.shares[name] for name in names})
         for segment in segments
     ]
+
+
+def _check_units(sources: list[ResolvedSource]) -> None:
+    """All sources, as far as the config tells it, hold rows of one kind."""
+    known = [source for source in sources if source.dataset.source is not None]
+    for source in known[1:]:
+        first, second = known[0].dataset.unit, source.dataset.unit
+        if first != second:
+            raise ConfigError(
+                f"dataset.mix: {known[0].name} holds {name_of(first)}, {source.name} "
+                f"{name_of(second)}; give all of them rows of one kind (instructions.kind)"
+            )
 
 
 def _leaves(

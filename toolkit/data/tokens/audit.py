@@ -25,21 +25,23 @@ class TargetAudit(msgspec.Struct, frozen=True, kw_only=True):
     num_rows: int
     """Rows looked at, those without a target among them."""
     without_target: int
+    """Of preference and binary data: left out for any reason."""
     roles: dict[str, Counted]
     """By the role of the turn that the tokens belong to, which has what the template writes before
-    and after it."""
+    and after it; of preference and binary data, by prompt and side."""
     templates: dict[str, Counted]
     """By the name of the chat template; `none`: prompts and completions are joined as they are."""
     sample: str | None = None
     """One row as it is trained on, shortened, targets between `[[` and `]]`."""
 
-    def lines(self) -> Iterator[str]:
-        """What a log says of it."""
+    def lines(self, *, of_units: bool = False) -> Iterator[str]:
+        """What a log says of it; `of_units`: of preference and binary data."""
         total = Counted(
             sum(found.num_tokens for found in self.templates.values()),
             sum(found.num_targets for found in self.templates.values()),
         )
-        left_out = f", {self.without_target:,} without a target" if self.without_target else ""
+        why = "left out" if of_units else "without a target"
+        left_out = f", {self.without_target:,} {why}" if self.without_target else ""
         yield (
             f"targets in {count(self.num_rows, 'row')} looked at{left_out}: {total.share:.1%} of "
             f"{count(total.num_tokens, 'token')}; by role: {_shares(self.roles)}; by template: "

@@ -11,6 +11,7 @@ shuffled apart.
 The mask says of each token what kind of target it is; 0 is none.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 UnitKind = Literal["pair", "binary"]
@@ -26,9 +27,48 @@ DOCUMENTS = 2
 
 UNIT_OF: dict[str, UnitKind] = {"preference": "pair", "binary": "binary"}
 """The unit that rows of a kind of `dataset.instructions` become; conversations: none."""
-
-UNIT_NAMES: dict[UnitKind, str] = {
-    "pair": "pairs of a chosen and a rejected answer",
-    "binary": "completions with a label",
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "binary": ("prompt", "completion", "label"),
 }
-"""What units are, for messages."""
+"""The columns that rows of a kind need."""
+TRAINED_BY: dict[UnitKind | None, str] = {
+    "pair": "train_module.objective.type to dpo, orpo, simpo or reward",
+    "binary": "train_module.objective.type to kto",
+    None: "train_module.objective to null (a language model)",
+}
+"""What is set to train on each kind of data, for messages."""
+
+
+def fitting_kind(columns: Collection[str]) -> str | None:
+    """The kind of `dataset.instructions` whose columns are among `columns`; None: conversations, or
+    plain text."""
+    return next((kind for kind, names in COLUMNS.items() if {*names} <= {*columns}), None)
+
+
+def fitting_settings(kind: str) -> str:
+    """What is set to train on rows of a kind, for messages."""
+    return f"dataset.instructions.kind to {kind}, and {TRAINED_BY[UNIT_OF[kind]]}"
+
+
+def name_of(unit: UnitKind | None) -> str:
+    """What documents hold, for messages."""
+    names = {
+        "pair": "pairs of a chosen and a rejected answer",
+        "binary": "completions with a label",
+        None: "text or conversations",
+    }
+    return names[unit]
+
+
+def documents_per_unit(unit: UnitKind | None) -> int:
+    """Documents that stay together."""
+    return 1 if unit is None else DOCUMENTS
+
+
+def side_name(unit: UnitKind, target: int) -> str:
+    """What a document with targets of this kind is in its unit."""
+    if unit == "pair":
+        return "chosen" if target == CHOSEN else "rejected"
+    names = {CHOSEN: "desirable", REJECTED: "undesirable", MISMATCHED: "with the next completion"}
+    return names[target]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from toolkit.data.prepare.build.instructions import InstructionEncoder
-from toolkit.data.prepare.text.instructions.checks import NO_TARGET
+from toolkit.data.prepare.build.unit_encoding import UnitEncoder
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import Shard
 from toolkit.data.tokens.audit import Counted, TargetAudit
@@ -32,11 +32,11 @@ def audit_rows(
     pieces, is_all = _some_rows(shards, reading)
     roles: dict[str, Counter[bool]] = {}
     templates: dict[str, Counter[bool]] = {}
-    sample, without = None, 0
+    sample, left_out = None, Counter[str]()
     encoded = encoder.encode(pieces)
     for piece, found in zip(pieces, encoded, strict=True):
         if found.left_out is not None:
-            without += 1
+            left_out[found.left_out] += 1
             continue
         assert piece.row is not None
         look = encoder.look(piece.row, found)
@@ -47,12 +47,19 @@ def audit_rows(
         templates.setdefault(look.template, Counter()).update(look.is_target.tolist())
     audit = TargetAudit(
         num_rows=len(pieces),
-        without_target=without,
+        without_target=left_out.total(),
         roles=_counted(roles),
         templates=_counted(templates),
         sample=sample,
     )
-    if not is_all and (problem := _problem(encoder, audit, pieces)) is not None:
+    if isinstance(encoder, UnitEncoder) and encoder.num_changed:
+        warn(
+            f"warning: in {count(encoder.num_changed, 'row')} of {audit.num_rows:,} looked at, the "
+            "tokenizer writes the end of the prompt with other tokens once the answer follows "
+            f"(first: {encoder.changed!r}), and a model that is asked sees the former; end prompts "
+            "where a token ends (mostly: not with a space)"
+        )
+    if not is_all and (problem := _problem(encoder, audit, left_out, pieces)) is not None:
         number = count(audit.num_rows, "row")
         warn(
             f"warning: {problem} (told by the first {number}; the others are encoded all the same)"
@@ -61,14 +68,17 @@ def audit_rows(
 
 
 def _problem(
-    encoder: InstructionEncoder, audit: TargetAudit, pieces: Sequence[Piece]
+    encoder: InstructionEncoder,
+    audit: TargetAudit,
+    left_out: Mapping[str, int],
+    pieces: Sequence[Piece],
 ) -> str | None:
     found = audit.templates.values()
     try:
         encoder.check(
             num_tokens=sum(counted.num_tokens for counted in found),
             num_targets=sum(counted.num_targets for counted in found),
-            filtered={NO_TARGET: audit.without_target},
+            filtered=left_out,
             first_piece=lambda: next(iter(pieces), None),
         )
     except DataError as error:

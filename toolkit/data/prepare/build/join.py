@@ -100,6 +100,8 @@ class KeptParts:
     ) -> None:
         self._folder, self._parts, self._dtype = folder, parts, dtype
         self._duplicates, self._unit = duplicates, unit
+        self.num_alone = 0
+        """Binary rows that are the only ones of their split, set by `join`."""
 
     def num_bytes(self) -> int:
         """Bytes of the files that `join` will write."""
@@ -127,6 +129,7 @@ class KeptParts:
             if split in joined:
                 files = SplitFiles(workplace, split, self._dtype, joined[split])
                 splits |= write_completions(files, output)
+                self.num_alone += split not in splits
         remove_tree(workplace)
         return splits
 

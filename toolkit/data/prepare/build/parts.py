@@ -23,6 +23,7 @@ from toolkit.data.prepare.build.encoding import Encoded, Encoder, TextEncoder, T
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.split_files import HashedFile, SplitWriter
 from toolkit.data.prepare.build.unit_encoding import UnitEncoder
+from toolkit.data.prepare.text.instructions.preference import shown
 from toolkit.data.prepare.text.reading import Counts, Piece, Reading, read_shard
 from toolkit.data.prepare.text.sources import Shard
 from toolkit.data.prepare.tokenizers.bulk import bulk_encoder
@@ -60,6 +61,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     skipped_documents: int
     cut_documents: int = 0
     filtered_documents: dict[str, int] = {}
+    left_out_rows: dict[str, str] = {}
+    """Of preference and binary data: the first row left out for each reason, as messages show it.
+    """
     has_context: bool = True
     """Whether some token of a row is not asked for by the loss; the tokens that start and end
     documents do not count."""
@@ -197,13 +201,16 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
             for split in SPLITS
         }
         documents = HashedFile(unfinished / DOCUMENTS_NAME) if reading.with_digests else None
-        has_context = False
+        has_context, left_out_rows = False, dict[str, str]()
         for batch in batches(read_shard(job.shard, reading, counts), threads):
             taken: dict[Split, list[tuple[Piece, Encoded]]] = {split: [] for split in SPLITS}
             records = []
             for piece, encoded in zip(batch, encoder.encode(batch), strict=True):
                 if encoded.left_out is not None:
                     counts.leave_out(encoded.left_out)
+                    if setup.config.unit is not None and piece.row is not None:
+                        row = f"{piece.place or piece.identity}: {shown(piece.row)}"
+                        left_out_rows.setdefault(encoded.left_out, row)
                     continue
                 split = split_of(piece, setup.config.validation_fraction)
                 taken[split].append((piece, encoded))
@@ -228,6 +235,7 @@ def encode_shard(job: Job, setup: PartsSetup, encoder: Encoder, *, threads: int 
             skipped_documents=counts.skipped_documents,
             cut_documents=counts.cut_documents,
             filtered_documents=counts.filtered_documents,
+            left_out_rows=left_out_rows,
             has_context=bool(has_context),
         )
         write_json_atomic(unfinished / _PART_NAME, part, sync=False)

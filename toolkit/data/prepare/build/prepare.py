@@ -31,6 +31,7 @@ import xxhash
 
 from toolkit.data.config import BPETokenizerConfig, DatasetConfig, StoreConfig
 from toolkit.data.prepare.build.audit import audit_rows
+from toolkit.data.prepare.build.completions import NO_OTHER
 from toolkit.data.prepare.build.instructions import InstructionEncoder
 from toolkit.data.prepare.build.join import Duplicates, KeptParts, sum_counts
 from toolkit.data.prepare.build.parts import (
@@ -223,7 +224,7 @@ def _build(
         encoder = make_encoder(setup, tokenizer)
         assert isinstance(encoder, InstructionEncoder)
         audit = audit_rows(encoder, plan.shards, setup.reading, note)
-        for line in audit.lines():
+        for line in audit.lines(of_units=config.unit is not None):
             note(line)
     jobs = [Job(index, shard, _shard_key(shard, plan)) for index, shard in enumerate(plan.shards)]
     for path in parts_folder.glob("*[0-9]*.*"):  # what killed processes were writing or removing
@@ -250,6 +251,11 @@ def _build(
             remove_tree(part_folder(parts_folder, job.index))
         encode_missing(setup._replace(in_bulk=False), tokenizer_check(config, tokenizer_folder))
     plan.listing.check_unchanged()
+    left_out_rows: dict[str, str] = {}
+    for part in filter(None, parts):
+        left_out_rows = {**part.left_out_rows, **left_out_rows}
+    for reason, row in sorted(left_out_rows.items()):
+        note(f"left out ({reason}): {row}")
     with new_folder(folder, unfinished=building / "output") as output:
         splits, counts = _join(
             [part for part in parts if part], places, plan, setup, tokenizer, output
@@ -304,6 +310,8 @@ def _join(
     kept = KeptParts(parts_folder, parts, setup.dtype, duplicates, config.unit)
     places.make_room(kept.num_bytes() + sum(path.stat().st_size for path in saved))
     splits = kept.join(output, has_mask=setup.has_mask)
+    if kept.num_alone:
+        filtered[NO_OTHER] = kept.num_alone
     if setup.has_mask:
         # Data whose loss asks for nothing, or for every token, was misread.
         encoder = make_encoder(setup, tokenizer)

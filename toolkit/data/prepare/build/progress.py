@@ -9,6 +9,7 @@ from rich.console import Console
 
 from toolkit.data.prepare.build.parts import Job
 from toolkit.data.tokens.prepared import PreparedDataset, nothing_held_out
+from toolkit.data.tokens.units import documents_per_unit
 from toolkit.storage.progress import byte_progress
 from toolkit.wording import count
 
@@ -57,9 +58,11 @@ def summary(prepared: PreparedDataset, seconds: float) -> Iterator[str]:
     manifest = prepared.manifest
     # The only split may be of text that is evaluated and never trained on.
     filled = {split: info for split, info in manifest.splits.items() if info.num_tokens}
+    step = documents_per_unit(prepared.unit)
+    name = {None: "document", "pair": "pair", "binary": "labelled row"}[prepared.unit]
     counts = ", ".join(
         f"{f'{split} ' if len(filled) > 1 else ''}{count(info.num_tokens, 'token')} in "
-        f"{count(info.num_documents, 'document')}"
+        f"{count(info.num_documents // step, name)}"
         for split, info in (filled or manifest.splits).items()
     )
     yield f"prepared {prepared.folder}: {counts}; {seconds:.1f} s"
@@ -78,7 +81,8 @@ def summary(prepared: PreparedDataset, seconds: float) -> Iterator[str]:
     left_out = {"empty": manifest.skipped_documents, **manifest.filtered_documents}
     reasons = ", ".join(f"{reason} {number:,}" for reason, number in left_out.items() if number)
     if reasons:
-        yield f"documents left out: {reasons}"
+        what = "documents" if prepared.unit is None else "rows"
+        yield f"{what} left out: {reasons}"
     not_held_out = nothing_held_out(prepared)
     if not_held_out is not None:
         yield not_held_out

@@ -38,6 +38,11 @@ class UnitEncoder(InstructionEncoder):
     a unit. Those of a binary row are its prompt and its completion, of which joining makes the two
     documents of the unit (`build/completions.py`)."""
 
+    num_changed = 0
+    """Rows encoded whose prompt ends with other tokens once the answer follows..."""
+    changed = ""
+    """...and the end of the first of these prompts."""
+
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """The first document of each piece, with the `second`; DataError names a row that cannot be
         used."""
@@ -59,7 +64,11 @@ class UnitEncoder(InstructionEncoder):
                 encoded.append(Encoded(_EMPTY, left_out=reason))
                 continue
             prompt, *answers = (next(tokens) for _ in range(len(sides) + 1))
-            encoded.append(_unit(comparison, sides, prompt, answers))
+            shared = min(common_prefix(prompt[0], ids) for ids, _ in answers)
+            if shared < len(prompt[0]):
+                self.changed = self.changed or sides[0].rendered.text[: sides[0].start][-20:]
+                self.num_changed += 1
+            encoded.append(_unit(comparison, sides, shared, answers))
         return encoded
 
     def _read(self, row: dict[str, Any]) -> tuple[Comparison, list[Side], str | None]:
@@ -138,9 +147,9 @@ def _prompt(side: Side) -> RenderedRow:
 
 
 def _unit(
-    comparison: Comparison, sides: Sequence[Side], prompt: Tokens, answers: Sequence[Tokens]
+    comparison: Comparison, sides: Sequence[Side], shared: int, answers: Sequence[Tokens]
 ) -> Encoded:
-    shared = min(common_prefix(prompt[0], ids) for ids, _ in answers)
+    """`shared` tokens are the prompt's."""
     documents = []
     for side, (ids, offsets) in zip(sides, answers, strict=True):
         row = side.rendered

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from toolkit.data.config import DiskSourceConfig, FilesSourceConfig, HubSourceConfig, SourceConfig
+from toolkit.data.tokens.units import fitting_kind, fitting_settings
 from toolkit.errors import DataError
 
 
@@ -26,9 +27,11 @@ class TextColumns:
         known = list(known)
         missing = [name for name in self.names if name not in known]
         if missing:
+            kind = fitting_kind(known)
+            fits = "" if kind is None else f" (of {kind} data: set {fitting_settings(kind)})"
             raise DataError(
                 f"{self._option}: {where} has no column {missing[0]!r}; its columns: "
-                f"{', '.join(known) or 'none at all'}"
+                f"{', '.join(known) or 'none at all'}{fits}"
             )
 
     def check_used(self, where: str) -> None:

@@ -23,6 +23,7 @@ from toolkit.data.prepare.text.reading import Counts, Reading, read_shard
 from toolkit.data.prepare.text.sources import plan_source
 from toolkit.data.prepare.tokenizers.choice import check_tokenizer_path
 from toolkit.data.prepare.tokenizers.companions import chat_templates, companions_of
+from toolkit.data.tokens.units import COLUMNS
 from toolkit.errors import ConfigError, DataError, ErrorList
 
 _CONVERSATIONS = ("messages", "sharegpt")
@@ -80,18 +81,23 @@ def _check_template_need(dataset: DatasetConfig, config: InstructionsConfig) -> 
     source, tokenizer = dataset.source, dataset.tokenizer
     if config.chat_template is not None or isinstance(source, TokenFilesSourceConfig | None):
         return
+    need, told = False, ""
     with contextlib.suppress(DataError, OSError):  # which is said when it is read
         if _templates_of(tokenizer) != {}:
             return
-        shape = config.shape
-        told = f"dataset.instructions.shape is {shape}"
-        if shape == "auto":
+        need = config.shape in _CONVERSATIONS
+        told = f"dataset.instructions.shape is {config.shape}"
+        if config.shape == "auto":
             if not isinstance(source, FilesSourceConfig):
                 return
             first = list_files(source).files[0].path
-            shape = shape_of(_first_row(msgspec.structs.replace(source, paths=[first])), config)
+            row = _first_row(msgspec.structs.replace(source, paths=[first]))
+            if config.kind == "conversations":
+                need = shape_of(row, config) in _CONVERSATIONS
+            else:
+                need = any(isinstance(row.get(column), list) for column in COLUMNS[config.kind])
             told = f"so is the first one of {first}"
-    if shape in _CONVERSATIONS:
+    if need:
         path = getattr(tokenizer, "path", None)
         where = "dataset.tokenizer" if path is None else f"dataset.tokenizer.path: {path}"
         raise DataError(

@@ -17,7 +17,8 @@ from toolkit.data.instances.index import documents_of, scan_starts
 from toolkit.data.prepare.build.split_files import BLOCK_TOKENS, memory_map, token_blocks
 from toolkit.data.prepare.text.token_files import HEADER_BYTES, NumpyHeader, read_numpy_header
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.prepare.tools.report import Inspection, Sample, SplitReport
+from toolkit.data.prepare.tools.report import Inspection, SplitReport
+from toolkit.data.prepare.tools.samples import samples_of, wrong_units
 from toolkit.data.tokens.prepared import (
     MANIFEST_NAME,
     NUM_BLOCKS_CHECKED_AT_OPEN,
@@ -27,12 +28,11 @@ from toolkit.data.tokens.prepared import (
     hash_blocks,
     read_manifest,
 )
+from toolkit.data.tokens.units import DOCUMENTS, MISMATCHED, REJECTED
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage.progress import Advance, byte_progress
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
-SAMPLE_TOKENS = 120
-"""Tokens shown of a sampled document."""
 _OTHER_CONTENT = f"content differs from {MANIFEST_NAME} (hash of the whole file)"
 
 
@@ -87,6 +87,7 @@ def inspect_path(
             bos_id=manifest.bos_id,
             prepend_bos=manifest.prepend_bos,
             tokenizer=manifest.tokenizer_fingerprint,
+            unit=None if manifest.unit is msgspec.UNSET else manifest.unit,
             audit=manifest.audit,
             splits=[],
             problems=[],
@@ -170,7 +171,10 @@ class _SplitCheck:
                 self._problem("bin", _OTHER_CONTENT)
         if ids is not None and starts is not None and index_agrees and len(ids) == info.num_tokens:
             self._check_document_ends(ids, starts)
-            self._report.samples = _samples(ids, starts, tokenizer, num_samples)
+            units = self._found.unit, mask
+            self._report.samples = samples_of(ids, starts, tokenizer, num_samples, units)
+            if found.unit is not None and mask is not None and not found.is_quick:
+                self._check_units(ids, starts, mask)
         if mask is not None and not found.is_quick:
             self._check_mask()
 
@@ -239,14 +243,26 @@ class _SplitCheck:
             counts[:] += np.bincount(block, minlength=256)
 
         content_hash = _scan(self._files["mask"], "uint8", look)
-        targets, others = int(counts[1:].sum()), int(counts[2:].sum())
+        most = {None: 1, "pair": REJECTED, "binary": MISMATCHED}[self._found.unit]
+        targets, others = int(counts[1:].sum()), int(counts[most + 1 :].sum())
         if others:
-            self._problem("mask", f"{others:,} of its numbers are neither 0 nor 1")
+            self._problem("mask", f"{others:,} of its numbers are not 0 to {most}")
         if targets != self._info.num_targets:
             there = self._info.num_targets or 0
             self._problem("mask", f"has {targets:,} targets, {MANIFEST_NAME} says {there:,}")
         if content_hash != self._info.mask_hash:
             self._problem("mask", _OTHER_CONTENT)
+
+    def _check_units(self, ids: np.ndarray, starts: np.ndarray, mask: np.ndarray) -> None:
+        """Each unit is two documents with one prompt and targets of their own kinds."""
+        if len(starts) % DOCUMENTS:
+            self._problem("idx", f"{len(starts):,} documents are no whole number of units")
+            return
+        wrong = wrong_units(ids, starts, mask, self._found.unit or "pair")
+        if wrong:
+            which = f"{len(wrong):,} of {len(starts) // DOCUMENTS:,} units"
+            what = "do not have one prompt with two answers of their own kinds"
+            self._problem("mask", f"{which} {what} (first: unit {wrong[0]:,})")
 
     def _problem(self, ending: str, what: str) -> None:
         self._found.problems.append(f"{self._files[ending]}: {what}")
@@ -341,7 +357,7 @@ def _look_into_file(path: Path, found: Inspection, num_samples: int, advance: Ad
         # The first document alone, with its length where it ends in the first block.
         ends = np.flatnonzero(ids[:BLOCK_TOKENS] == eos_id)[:1] + 1
         is_known = eos_id is None or len(ends) or num_tokens <= BLOCK_TOKENS
-        (sample,) = _samples(ids[: int(ends[0])] if len(ends) else ids, np.zeros(1), None, 1)
+        (sample,) = samples_of(ids[: int(ends[0])] if len(ends) else ids, np.zeros(1), None, 1)
         if not is_known:
             sample = msgspec.structs.replace(sample, num_tokens=None)
         report.samples = [sample][:num_samples]
@@ -365,20 +381,7 @@ def _look_into_file(path: Path, found: Inspection, num_samples: int, advance: Ad
     if eos_id is not None:
         report.num_documents = len(starts)
         report.count_documents(starts, num_tokens)
-    report.samples = _samples(ids, starts, None, num_samples)
-
-
-def _samples(
-    ids: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer | None, count: int
-) -> list[Sample]:
-    """The beginnings of documents at equal distances from the first on."""
-    samples = []
-    for number in sorted({turn * len(starts) // count for turn in range(count)}):
-        start, end = (int(n) for n in np.append(starts[number : number + 2], len(ids))[:2])
-        part = ids[start : min(end, start + SAMPLE_TOKENS)].tolist()
-        text = tokenizer.decode(part) if tokenizer is not None else None
-        samples.append(Sample(document=number, num_tokens=end - start, ids=part, text=text))
-    return samples
+    report.samples = samples_of(ids, starts, None, num_samples)
 
 
 def _numpy_header(path: Path) -> NumpyHeader | None:

@@ -5,6 +5,7 @@ import numpy as np
 
 from toolkit.data.instances.index import documents_of
 from toolkit.data.tokens.audit import TargetAudit
+from toolkit.data.tokens.units import UnitKind
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +15,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int | None
     """None: not known, the end was not looked for."""
     ids: list[int]
+    """The first of them; of units, those around the end of the prompt."""
+    side: str | None = None
+    """Of units: which document of which it is."""
     text: str | None
     """None: there is no tokenizer to decode with."""
 
@@ -66,6 +70,8 @@ class Inspection(msgspec.Struct, kw_only=True):
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None for a bare file."""
     splits: list[SplitReport]
+    unit: UnitKind | None = None
+    """Of preference and binary data: what two documents that follow each other are."""
     audit: TargetAudit | None = None
     """Of instruction data: what the loss counts."""
     problems: list[str]

@@ -41,6 +41,7 @@ from toolkit.data.tokens.prepared import (
     TokenDType,
     read_folder,
 )
+from toolkit.data.tokens.units import documents_per_unit, name_of
 from toolkit.errors import ConfigError, DataError
 from toolkit.storage import atomic
 from toolkit.storage.locks import locked
@@ -125,7 +126,10 @@ def split_validation(
     source = _open_source(folder)
     files = [file for split in SPLITS for file in _files(source, split)]
     numbers = [0, *itertools.accumulate(file.info.num_documents for file in files)]
-    choosers = [_hashed(validation_fraction, number) for number in numbers[:-1]]
+    step = documents_per_unit(source.unit)
+    choosers = [
+        _by_unit(_hashed(validation_fraction, number // step), step) for number in numbers[:-1]
+    ]
     settings = {"split_of": source.folder.name, "validation_fraction": validation_fraction}
     manifest = msgspec.structs.replace(source.manifest, settings=settings)
     copies = [_Copy(files, choosers, [("", split) for split in SPLITS])]
@@ -159,7 +163,8 @@ def split_parts(
     if num_parts < 2:
         raise ConfigError(f"--parts must be at least 2: {num_parts}")
     source = _open_source(folder)
-    number = source.num_documents("train")
+    step = documents_per_unit(source.unit)
+    number = source.num_documents("train") // step
     refusal = (
         f"its {count(number, 'training document')} cannot be cut into {num_parts} parts of about "
         "equal tokens; give a smaller --parts"
@@ -176,7 +181,11 @@ def split_parts(
         # What reading the text repaired and left out is told once.
         manifest = msgspec.structs.replace(manifest, **sum_counts([]), left_out_files={})
     copies = [
-        _Copy([file], [_even(file, num_parts)], [(name, split) for name in names])
+        _Copy(
+            [file],
+            [_by_unit(_even(file, num_parts, step), step)],
+            [(name, split) for name in names],
+        )
         for split in SPLITS
         for file in _files(source, split)
     ]
@@ -314,6 +323,8 @@ def _check_same(sources: Sequence[PreparedDataset]) -> None:
             for field, name in _POLICIES.items()
             if getattr(first.manifest, field) != getattr(other.manifest, field)
         ]
+        if first.unit != other.unit:
+            differences.append(f"what they hold ({name_of(first.unit)} and {name_of(other.unit)})")
         if differences:
             raise DataError(
                 f"{first.folder} and {other.folder} differ in {', '.join(differences)}; "
@@ -345,9 +356,23 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _even(source: SplitFiles, num_parts: int) -> Chooser:
-    """Each document goes where its middle token lies."""
-    starts, num_tokens = memory_map(source.path("idx"), "uint64"), source.info.num_tokens
+def _by_unit(choose: Chooser, step: int) -> Chooser:
+    """`step` documents that follow each other go where `choose` puts them, numbered as one."""
+    if step == 1:
+        return choose
+
+    def choose_units(documents: slice) -> np.ndarray:
+        first, end = documents.start // step, -(-documents.stop // step)
+        return np.repeat(choose(slice(first, end)), step)[
+            documents.start - first * step : documents.stop - first * step
+        ]
+
+    return choose_units
+
+
+def _even(source: SplitFiles, num_parts: int, step: int) -> Chooser:
+    """Each document, or `step` of them as one, goes where its middle token lies."""
+    starts, num_tokens = memory_map(source.path("idx"), "uint64")[::step], source.info.num_tokens
 
     limits = np.arange(1, num_parts) * num_tokens // num_parts
 

@@ -1,7 +1,7 @@
 """Instances of whatever a config names, to be looked at: `find_instances`."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +9,13 @@ import msgspec
 import numpy as np
 
 from toolkit.data.config import DataConfig
-from toolkit.data.instances.base import DocumentPart, InstanceDataset, target_mask
+from toolkit.data.instances.base import DocumentPart, InstanceDataset, Rows, target_mask
 from toolkit.data.instances.custom import UNKNOWN_LENGTH, open_custom
 from toolkit.data.instances.open import instances_config, open_instances
 from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokens.prepared import Split
+from toolkit.data.tokens.units import UnitKind, side_name
 from toolkit.errors import ConfigError, DataError
 
 
@@ -26,6 +27,8 @@ class DecodedPiece(msgspec.Struct, frozen=True):
     is_target: bool
     num_tokens: int
     text: str
+    side: str | msgspec.UnsetType = msgspec.UNSET
+    """Of preference and binary data: which document of which unit it belongs to."""
 
 
 class ShownInstance(NamedTuple):
@@ -81,7 +84,9 @@ class FoundInstances(NamedTuple):
                 num_targets=int(targets.sum()),
                 num_padding=len(ids) - sum(part.end - part.start for part in parts),
                 documents=parts,
-                text=decode_pieces(tokenizer, ids, targets, parts),
+                text=decode_pieces(
+                    tokenizer, ids, targets, parts, sides_of(self.instances, rows, parts)
+                ),
             )
 
 
@@ -122,15 +127,33 @@ def find_instances(
     return FoundInstances(str(prepared.folder), str(kind), instances)
 
 
+def sides_of(
+    instances: InstanceDataset, rows: Rows, parts: Sequence[DocumentPart], row: int = 0
+) -> dict[int, str]:
+    """What each document of a row is, as "pair 7, chosen"; empty where documents form no units."""
+    unit: UnitKind | None = getattr(instances, "unit", None)
+    if unit is None:
+        return {}
+    found, position = {}, 0
+    for part in parts:
+        end = position + part.end - part.start
+        target = int(rows["label_mask"][row, position:end].max())
+        name = "pair" if unit == "pair" else "row"
+        found[part.document] = f"{name} {part.document // 2:,}, {side_name(unit, target)}"
+        position = end
+    return found
+
+
 def decode_pieces(
     tokenizer: Tokenizer | None,
     ids: np.ndarray,
     is_target: np.ndarray,
     parts: list[DocumentPart],
+    sides: Mapping[int, str] | None = None,
 ) -> list[DecodedPiece]:
-    """The text of one row; without a tokenizer, its ids. `ids` and `is_target` (of `target_mask`)
-    are `(seq,)`; tokens after `parts`, its documents, are padding. A character whose bytes lie on
-    both sides of a cut shows as U+FFFD."""
+    """The text of one row, whose documents may be `sides` of units; without a tokenizer, its ids.
+    `ids` and `is_target` (of `target_mask`) are `(seq,)`; tokens after `parts`, its documents, are
+    padding. A character whose bytes lie on both sides of a cut shows as U+FFFD."""
     pieces, position = [], 0
     lengths = [(part.document, part.end - part.start) for part in parts]
     for document, length in [*lengths, (None, len(ids) - sum(n for _, n in lengths))]:
@@ -144,6 +167,7 @@ def decode_pieces(
                 text = " ".join(str(number) for number in ids[begin:end].tolist()) + " "
             else:
                 text = tokenizer.decode(ids[begin:end])
-            pieces.append(DecodedPiece(document, bool(is_target[begin]), end - begin, text))
+            side = msgspec.UNSET if document is None else (sides or {}).get(document, msgspec.UNSET)
+            pieces.append(DecodedPiece(document, bool(is_target[begin]), end - begin, text, side))
         position = stop
     return pieces

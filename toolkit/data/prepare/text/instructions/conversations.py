@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 from toolkit.data.prepare.text.reading import at
 from toolkit.data.source_config import InstructionsConfig
+from toolkit.data.tokens.units import fitting_kind, fitting_settings
 from toolkit.errors import DataError
 
 Shape = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
@@ -243,12 +244,23 @@ def shape_of(row: dict[str, Any], config: InstructionsConfig) -> Shape:
         for shape, (columns, _) in _SHAPES.items()
         if all(row.get(column) is not None for column in columns)
     ]
+    if found == ["prompt_completion"] and isinstance(row.get("label"), bool):
+        # Undesirable completions would be trained on like the others.
+        raise DataError(
+            "prompt and completion have a label, true or false, as rows of binary data have; set "
+            f"{fitting_settings('binary')}; to train on all of them, take the column out"
+        )
     if len(found) == 1:
         return found[0]
     if found:
         raise DataError(
             f"its columns fit the shapes {' and '.join(found)}; set "
             "dataset.instructions.shape to one of them"
+        )
+    kind = fitting_kind([name for name, value in row.items() if value is not None])
+    if kind:
+        raise DataError(
+            f"columns {', '.join(row)} are those of {kind} data; set {fitting_settings(kind)}"
         )
     known = ", ".join(f"{shape} ({' + '.join(columns)})" for shape, (columns, _) in _SHAPES.items())
     raise DataError(

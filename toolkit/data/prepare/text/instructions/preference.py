@@ -27,6 +27,7 @@ from toolkit.data.prepare.text.instructions.conversations import (
     turns_of,
 )
 from toolkit.data.source_config import InstructionsConfig, RowKind
+from toolkit.data.tokens.units import COLUMNS, TRAINED_BY, fitting_kind, fitting_settings
 from toolkit.errors import DataError
 
 EQUAL_SIDES = "equal sides"
@@ -52,12 +53,16 @@ def read_preference(row: dict[str, Any], config: InstructionsConfig) -> Comparis
     shape, or the prompts of its sides differ."""
     _check_columns(row, "preference")
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if chosen == rejected:
+        return Comparison((), left_out=EQUAL_SIDES)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _implicit_texts(row, chosen, rejected, config)
         sides = _explicit_texts(row, prompt, {"chosen": chosen, "rejected": rejected}, config)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         turns = {name: turns_of(row, name, config) for name in ("chosen", "rejected")}
+        if not all(turns.values()):
+            return Comparison((), left_out=EMPTY_ANSWER)
         if isinstance(prompt, list):
             sides = _explicit_turns(row, turns_of(row, "prompt", config), turns, config)
         else:
@@ -67,8 +72,7 @@ def read_preference(row: dict[str, Any], config: InstructionsConfig) -> Comparis
             f"chosen is {kind_of(chosen)} and rejected is {kind_of(rejected)}; give both as text "
             "or both as lists of messages"
         )
-    reason = EQUAL_SIDES if chosen == rejected else None
-    return Comparison(sides, left_out=reason or _empty(sides))
+    return Comparison(sides, left_out=_empty(sides))
 
 
 def read_binary(row: dict[str, Any], config: InstructionsConfig) -> Comparison:
@@ -109,20 +113,8 @@ def shown(row: Mapping[str, Any]) -> str:
     return "{" + ", ".join(found) + "}"
 
 
-_COLUMNS: dict[RowKind, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"),
-    "binary": ("prompt", "completion", "label"),
-}
-
-
-def fitting_kind(columns: Collection[str]) -> RowKind | None:
-    """The kind of `dataset.instructions` that columns of these names tell; None: conversations, or
-    plain text."""
-    return next((kind for kind, names in _COLUMNS.items() if set(names) <= set(columns)), None)
-
-
 def _check_columns(row: dict[str, Any], kind: RowKind) -> None:
-    for column in _COLUMNS[kind]:
+    for column in COLUMNS[kind]:
         if row.get(column) is not None:
             continue
         if column in row:
@@ -131,15 +123,15 @@ def _check_columns(row: dict[str, Any], kind: RowKind) -> None:
                 f"leave the row out: {shown(row)}"
             )
         other = fitting_kind([name for name, value in row.items() if value is not None])
-        fits = f"the row is of kind={other}"
-        if other is None:
-            fits = (
-                "for conversations and plain prompts with answers set "
-                "dataset.instructions.kind=conversations and train_module.type=transformer"
-            )
+        settings = (
+            f"dataset.instructions.kind to conversations, and {TRAINED_BY[None]}"
+            if other is None
+            else fitting_settings(other)
+        )
+        whose = "as it is no preference data" if other is None else f"as its columns are of {other}"
         raise DataError(
             f"has no column {column!r}, which dataset.instructions.kind={kind} needs (there are "
-            f"{', '.join(row) or 'none'}); {fits}"
+            f"{', '.join(row) or 'none'}); {whose}, set {settings}; or rename the columns"
         )
 
 
@@ -169,8 +161,6 @@ def _implicit_texts(
     if cut and chosen[cut - 1] == " ":
         cut -= 1
     prompt = chosen[:cut]
-    if chosen == rejected:
-        return Comparison((), left_out=EQUAL_SIDES)
     if not prompt.strip():
         raise _different_prompts(row, "the texts have no common beginning")
     # Such text has its turns written out already: no template goes around it.
@@ -192,8 +182,9 @@ def _explicit_turns(
     if not prompt:
         raise DataError(f"prompt has no messages; fill it in, or leave the row out: {shown(row)}")
     beginning = _messages(prompt)
-    if any(_messages(turns)[: len(prompt)] == beginning for turns in sides.values()):
-        raise _repeated_prompt(row, sides)
+    again = [name for name, turns in sides.items() if _messages(turns[: len(prompt)]) == beginning]
+    if again:
+        raise _repeated_prompt(row, again)
     for name, turns in sides.items():
         _check_turns(row, name, turns, 0)
     return tuple(_side(row, prompt, turns, config) for turns in sides.values())
@@ -207,9 +198,6 @@ def _implicit_turns(
 ) -> tuple[Conversation, ...]:
     chosen, rejected = (_messages(turns) for turns in sides.values())
     cut = _common_length(chosen, rejected)
-    if chosen == rejected:
-        # Nothing is compared: what its prompt is does not matter.
-        cut = max(0, cut - 1)
     if cut == 0:
         raise _different_prompts(row, "the first messages differ")
     for name, turns in sides.items():
@@ -270,10 +258,10 @@ def _different_prompts(row: dict[str, Any], why: str) -> DataError:
     )
 
 
-def _repeated_prompt(row: dict[str, Any], sides: Mapping[str, Any]) -> DataError:
+def _repeated_prompt(row: dict[str, Any], sides: Collection[str]) -> DataError:
     return DataError(
-        f"{' and '.join(sides)} repeat the prompt; take it out of them, or leave the column "
-        f"`prompt` out: {shown(row)}"
+        f"the prompt stands at the beginning of {' and '.join(sides)} again; take it out there, or "
+        f"leave the column `prompt` out where both sides have it: {shown(row)}"
     )
 
 
