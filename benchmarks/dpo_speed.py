@@ -39,8 +39,8 @@ from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 from toolkit.train.preference.config import DPOConfig as Objective
 
-VOCAB, WIDTH, LAYERS, HEADS, INNER = 8192, 256, 6, 4, 704
-ROW, ROWS, PAIRS_A_STEP = 1024, 8, 16
+VOCAB, WIDTH, LAYERS, HEADS, INNER = 4096, 256, 4, 4, 704
+ROW, ROWS, PAIRS_A_STEP = 1024, 4, 8
 
 
 def pairs(number: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -183,14 +183,15 @@ class TRL:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--microbatch", type=int, default=4096)
-    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--at-once", type=int, default=4)
     asked = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    rows = pairs(160)
+    rows = pairs(asked.pairs)
     with tempfile.TemporaryDirectory() as folder:
         ours = Toolkit(rows, asked.microbatch)
         theirs = {
@@ -199,17 +200,19 @@ def main() -> None:
         }
         sides: dict[str, Any] = {"toolkit": ours, **theirs}
         found: dict[str, list[float]] = {name: [] for name in sides}
-        for name, side in sides.items():
+        for side in sides.values():
             side.run(1)
         for _ in range(asked.rounds):
             for name, side in sides.items():
                 found[name].append(side.run(asked.steps))
+            print({name: round(values[-1]) for name, values in found.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in found.items()}
-    print(f"{torch.get_num_threads()} threads, {sum(b for _, b in ours.batches) / len(ours.batches):,.0f} real tokens a step of ours")
+    mean = statistics.mean(tokens for _, tokens in ours.batches)
+    print(f"{torch.get_num_threads()} threads, {mean:,.0f} real tokens in a step of the toolkit")
     for name, median in medians.items():
         low, high = min(found[name]), max(found[name])
         ratio = medians["toolkit"] / median
-        print(f"{name:<12}{median:>9,.0f} tok/s  ({low:,.0f} to {high:,.0f})  toolkit / it {ratio:.2f}")
+        print(f"{name:<12}{median:>8,.0f} tok/s ({low:,.0f} to {high:,.0f}), toolkit {ratio:.2f}x")
 
 
 if __name__ == "__main__":

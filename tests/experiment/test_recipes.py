@@ -27,6 +27,8 @@ FROM_A_MODEL = {
     "reward", "distill",
 }  # fmt: skip
 """Need `--base`."""
+TEACHER = "s3://models/teacher"
+"""Is not looked for."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(name: str, base: str) -> ExperimentConfig:
-    return load_experiment(name, base=base if name in FROM_A_MODEL else None).config
+    flags = [f"--train_module.objective.teacher={TEACHER}"] if name == "distill" else []
+    return load_experiment(name, flags, base=base if name in FROM_A_MODEL else None).config
 
 
 def test_all_recipes_are_packaged() -> None:

@@ -149,7 +149,9 @@ def divergence_chunk(
     grad = grad * ((1.0 - cross_entropy_weight) * temperature)
     if cross_entropy_weight:
         share = log_own.exp() * cross_entropy_weight
-        grad = grad + share.scatter_add(-1, ids, torch.full_like(share[:, :1], -cross_entropy_weight))
+        grad = grad + share.scatter_add(
+            -1, ids, torch.full_like(share[:, :1], -cross_entropy_weight)
+        )
     grad = grad.where(is_target, 0.0)
     if tangent is not None:
         grad = grad * (1.0 - tangent.square())

@@ -8,7 +8,6 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-
 from typing import Any
 
 from torch import nn

@@ -82,9 +82,7 @@ def total_sums(sums: Iterable[TokenSums]) -> TokenSums:
         name: (sum(each[name][0] for each in means), sum(each[name][1] for each in means))
         for name in means[0]
     }
-    return TokenSums(
-        sum(loss), sum(num_targets), known, sum(seconds), both, kinds[0], added[0]
-    )
+    return TokenSums(sum(loss), sum(num_targets), known, sum(seconds), both, kinds[0], added[0])
 
 
 def sum_batches(

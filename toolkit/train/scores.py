@@ -85,8 +85,8 @@ def check_metrics_in(
     results: Sequence[str] | None = None,
 ) -> None:
     """The same by the names of the sets, and whether the bytes of their text are known; `others`
-    were not held out of the training data. `results`: see `results_of`. What callbacks of the user record is not known before:
-    with one of them any name may come."""
+    were not held out of the training data. `results`: see `results_of`. What callbacks of the user
+    record is not known before: with one of them any name may come."""
     callbacks = config.callbacks
     has_own = has_own_parts or any(own.enabled for own in callbacks.custom.values())
     tasks: list[str] = []

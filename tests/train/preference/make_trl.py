@@ -6,8 +6,8 @@ Run it in an environment with `trl==1.16.0` (the suite needs none):
 
 The model is a Llama of `transformers` in fp32 with the weights of `tests.train.preference.rows`,
 the reference another one. Each trainer computes the loss of all rows as one batch by its own
-`compute_loss`; kept are the loss, and of the gradient of every parameter its norm and its projection
-on a direction.
+`compute_loss`; kept are the loss, and of the gradient of every parameter its norm and its
+projection on a direction.
 """
 
 import json
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tests.train.preference.rows import (
     PAIRS,
@@ -28,9 +31,6 @@ from tests.train.preference.rows import (
     llama,
     scored_llama,
 )
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 OUT = Path(__file__).with_name("trl_numbers.json")
 

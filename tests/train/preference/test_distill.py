@@ -8,7 +8,6 @@ import torch
 from tests.tiny import (
     ROWS,
     SEQ,
-    VOCAB,
     build,
     global_batch,
     module_config,

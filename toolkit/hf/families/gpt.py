@@ -111,7 +111,9 @@ GPT_NEOX = Family(
     first={"gpt_neox.embed_in": "embeddings.tokens"},
     # In files; since transformers 5 the module is called lm_head.
     last={
-        "gpt_neox.final_layer_norm": "head.norm", "embed_out": "head", "score": "head.score",
+        "gpt_neox.final_layer_norm": "head.norm",
+        "embed_out": "head",
+        "score": "head.score",
     },  # fmt: skip
     layers="gpt_neox.layers",
     fuse=lambda config, rows: interleaved(config.num_heads),

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from toolkit.distributed.engine import Microbatch
@@ -238,7 +237,8 @@ class PreferenceTrainModule(TransformerTrainModule):
                 is_chosen = (part.labels != IGNORE_INDEX) & (part.document_ids % 2 == 0)
                 extra["nll_loss"] = -(values.values * is_chosen).sum()
             else:
-                assert isinstance(config, KTOConfig) and kl is not None
+                assert isinstance(config, KTOConfig)
+                assert kl is not None, "before the first loss"
                 reference = self._reference_answers(part, own)
                 is_desirable = self._is_desirable(part)
                 found = losses.kto(config, own, reference, is_desirable, kl)

@@ -183,7 +183,9 @@ class References:
         if self._model is not None:
             self._model.free()
         found = [
-            pair for ranks in environment.gather((numbers, values)) for pair in zip(*ranks, strict=True)
+            pair
+            for ranks in environment.gather((numbers, values))
+            for pair in zip(*ranks, strict=True)
         ]
         last = max((int(own.max()) for own, _ in found if own.size), default=-1)
         table = np.zeros((last + 1, 2), dtype=np.float32)
@@ -192,9 +194,7 @@ class References:
         return table
 
 
-def _shares(
-    rows: int, at_once: int, share: int, shares: int
-) -> Iterator[tuple[np.ndarray, bool]]:
+def _shares(rows: int, at_once: int, share: int, shares: int) -> Iterator[tuple[np.ndarray, bool]]:
     """The rows of each forward of a rank: as many forwards of as many rows on every rank. The last
     are read again where there are too few; False: all of them are."""
     for first in range(0, rows, at_once * shares):
