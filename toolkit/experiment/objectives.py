@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from toolkit.checkpoint.folder import read_metadata
 from toolkit.config import ConfigLayers
 from toolkit.data.corpus_info import CorpusInfo
 from toolkit.data.kinds import check_data_kind
 from toolkit.distributed.layout import Layout
-from toolkit.errors import ConfigError, ErrorList
+from toolkit.errors import CheckpointError, ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load_checks import newest_saved
-from toolkit.models.config import ModuleConfig
+from toolkit.models.config import ModelConfig, ModuleConfig
 from toolkit.models.shapes import SCORE
+from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 from toolkit.train.preference.config import DistillConfig, RewardConfig, WithReference
 from toolkit.train.preference.vocabulary import check_same_vocabulary
@@ -108,6 +111,19 @@ def _check_other_model(config: ExperimentConfig, path: str, key: str) -> None:
         raise ConfigError(f"{path}: {problem}", key=key)
     extra = read_metadata(newest).extra
     check_same_vocabulary(newest, extra, config.model.vocab_size, key=key)
+
+
+def teacher_parameters(config: ExperimentConfig) -> int:
+    """Parameters of the teacher that a model is distilled from; 0 where there is none, or its
+    checkpoint is not on this machine."""
+    objective = config.train_module.objective
+    if not isinstance(objective, DistillConfig) or is_url(objective.teacher):
+        return 0
+    newest = newest_saved(Path(objective.teacher).expanduser())
+    if newest is None:
+        return 0
+    with guard(newest, CheckpointError):
+        return msgspec.convert(read_metadata(newest).extra["model"], ModelConfig).num_parameters
 
 
 def _check_layout(objective: Any, layout: Layout) -> None:

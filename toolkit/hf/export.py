@@ -1,4 +1,4 @@
-"""Write a model as a folder that `AutoModelForCausalLM.from_pretrained` reads, or for a reward model
+"""Write a model as a folder that `AutoModelForCausalLM.from_pretrained` reads, or of reward models
 `AutoModelForSequenceClassification`.
 
 Everything happens in a temporary folder beside the target, which gets its name last: after the

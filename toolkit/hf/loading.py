@@ -69,9 +69,9 @@ def load_causal_lm(
     all_used: bool = False,
     scores: bool = False,
 ) -> Any:
-    """The model of a folder in evaluation mode, on the CPU, as one that gives `scores` or logits; raises CheckpointError where
-    `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
-    `plain_attention` computes attention by its formula, without fused kernels."""
+    """The model of a folder in evaluation mode, on the CPU, as one that gives `scores` or logits;
+    raises CheckpointError where `transformers` cannot load it, or weights are missing, or with
+    `all_used` are left over. `plain_attention` computes attention by its formula, without fused kernels."""
     with _loading(folder, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

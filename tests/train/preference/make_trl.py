@@ -45,7 +45,7 @@ def numbers(trainer: Any, batch: Any) -> dict[str, Any]:
     model = trainer.model
     model.train()
     model.zero_grad()
-    loss = trainer.compute_loss(model, {k: v for k, v in batch.items()})
+    loss = trainer.compute_loss(model, dict(batch))
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {

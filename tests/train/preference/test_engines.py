@@ -1,4 +1,4 @@
-"""Preference losses follow SEMANTICS 2 and 3: the split of a global batch changes rounding alone."""
+"""The split of a global batch changes nothing of a preference loss but rounding."""
 
 from typing import Any
 

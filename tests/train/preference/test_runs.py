@@ -15,8 +15,8 @@ from toolkit.experiment.load import load_experiment
 from toolkit.hf.read_config import read_hf_config
 
 MODEL = {
-    "type": "transformer", "vocab_size": 257, "d_model": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 48,
-    "max_sequence_length": 128,
+    "type": "transformer", "vocab_size": 257, "d_model": 32, "num_layers": 1, "num_heads": 2,
+    "intermediate_size": 48, "max_sequence_length": 128,
 }  # fmt: skip
 
 
@@ -161,8 +161,20 @@ def test_a_reward_model_is_saved_resumed_and_exported(workers: WorkerPool, root:
     assert checkpoint is not None
     assert read_hf_config(checkpoint / "hf").config.num_scores == 1
     names = {name for name, _ in iterate_tensors(checkpoint / "model_and_optim", "model.")}
-    assert "model.head.score.weight" in names
-    assert "model.head.weight" not in names
+    assert "head.score.weight" in names
+    assert "head.weight" not in names
+
+
+def test_a_plan_counts_the_teacher(root: Path) -> None:
+    from toolkit.commands.plan import plan_experiment
+
+    text = {"--dataset.instructions=null", f"--trainer.load_path={root}/base"}
+    path = config_of(root, {"type": "distill", "teacher": f"{root}/base"})
+    loaded = load_experiment(str(path), [*text])
+    alone = load_experiment(str(path), [*text, "--train_module.objective=null"])
+    found, without = (plan_experiment(one, {}).data["memory"] for one in (loaded, alone))
+    own = 4 * loaded.config.model.num_parameters
+    assert found["weights"] - without["weights"] == pytest.approx(own)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +183,7 @@ def test_a_reward_model_is_saved_resumed_and_exported(workers: WorkerPool, root:
         ({"type": "dpo"}, ["--trainer.load_path=null", "--trainer.load_weights_only=false"],
          "dpo starts from a model, which is its reference"),
         ({"type": "dpo", "reference_log_probs": "base"}, [], "and there are none; use cached"),
-        ({"type": "dpo"}, ["--model.vocab_size=300", "--train_module.objective.reference={root}/base"],
+        ({"type": "dpo", "reference": "{root}/base"}, ["--model.vocab_size=300"],
          "has a vocabulary of 257 tokens, model.vocab_size is 300"),
         ({"type": "distill", "teacher": "{root}/none"}, ["--dataset.instructions=null"],
          "no checkpoint there"),

@@ -114,7 +114,7 @@ GPT_NEOX = Family(
         "gpt_neox.final_layer_norm": "head.norm",
         "embed_out": "head",
         "score": "head.score",
-    },  # fmt: skip
+    },
     layers="gpt_neox.layers",
     fuse=lambda config, rows: interleaved(config.num_heads),
     base_prefix="gpt_neox.",

@@ -1,8 +1,8 @@
 """`PreferenceTrainModule`: DPO, IPO, ORPO, SimPO, KTO and reward models, under any engine.
 
 Loss = sum over the units of the GLOBAL batch / their number, whatever the microbatch size, the
-number of ranks or the engine. What divides by tokens (ORPO's cross entropy, routers' losses) divides
-by those of the global batch. All numbers are known before the first forward.
+number of ranks or the engine. ORPO's cross entropy and the losses of routers are divided by tokens
+of the global batch. All numbers are known before the first forward.
 """
 
 from collections.abc import Mapping, Sequence
