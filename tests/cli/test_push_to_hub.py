@@ -106,13 +106,14 @@ def test_a_refusal_leaves_the_export_and_says_how_to_go_on(
 ) -> None:
     hub.refuses = True
     words = ["--no-check", "--push-to-hub", "me/first"]
-    assert cli.run(["export-hf", str(tiny_run), "out", *words]) == 2
+    assert cli.run(["export-hf", str(tiny_run), "my out", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--push-to-hub me/first: " in error
     assert "403" in error
-    assert "the export is in out, and `hf upload me/first out` tries again" in error
-    assert Path("out/model.safetensors").is_file()
+    assert "For more information check" not in error
+    assert "the export is in my out, and `hf upload me/first 'my out'` tries again" in error
+    assert Path("my out/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

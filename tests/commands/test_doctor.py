@@ -1,5 +1,6 @@
 """`toolkit doctor` on this machine, and on machines that lack something."""
 
+import errno
 import fcntl
 import json
 import os
@@ -53,6 +54,24 @@ def test_this_machine_can_train(
     assert {frozenset(record) for record in records} == {frozenset(("level", "about", "text"))}
     assert "failed" not in {record["level"] for record in records}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nearly_full_disk_is_not_measured_and_no_folder_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("toolkit.commands.doctor_speed.disk_speed", full)
+    (finding, *_) = doctor._disk_speeds(tmp_path)
+    assert finding == (
+        "note", "run folder", f"{tmp_path}: speed not measured: No space left on device"
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert run(["doctor"]) == 2
+    assert "the current folder was removed" in capsys.readouterr().err
+    monkeypatch.chdir("/")
 
 
 def test_one_failure_is_the_exit_code_and_is_marked(

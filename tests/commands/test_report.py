@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from html.parser import HTMLParser
@@ -146,9 +147,34 @@ def test_what_runs_are_called_and_say_is_text(tmp_path):
     assert json.loads(found.data)["runs"] == [EVIL]
 
 
-def test_secrets_of_a_config_are_hidden(tmp_path):
-    config = {"run": {"name": "x"}, "tracker": {"api_key": "abcdef0123456789"}}
-    assert "abcdef0123456789" not in page(make_run(tmp_path, "x", config=config)).text
+def test_secrets_are_hidden(tmp_path):
+    keys = ("abcdef0123456789", "fedcba9876543210")
+    folders = [
+        make_run(tmp_path, key[0], config={"run": {"name": key[0]}, "tracker": {"api_key": key}})
+        for key in keys
+    ]
+    status = json.loads((folders[0] / RUN_FILES.status).read_text())
+    status["message"] = f"refused: token={keys[1]}"
+    (folders[0] / RUN_FILES.status).write_text(json.dumps(status))
+    command = {"argv": ["toolkit", "train", "--token", keys[1]], "cwd": "/x\nrm -rf ~"}
+    (folders[0] / RUN_FILES.command).write_text(json.dumps(command))
+    (folders[0] / RUN_FILES.git).write_text('{"commit": "x; rm -rf ~"}')
+    text = page(*folders).text
+    assert text.count("***") >= 5
+    assert not [key for key in keys if key in text]
+    assert "git checkout 'x; rm -rf ~'" in text  # lines that people paste
+    assert "\nrm -rf" not in text
+
+
+def test_metrics_of_every_name_are_drawn_up_to_a_number(tmp_path):
+    folder = full(tmp_path)
+    own = {f"mine{n:02}": 1.0 for n in range(50)}
+    with (folder / RUN_FILES.train_metrics).open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0, **own}) + "\n")
+    found = page(folder)
+    charts = json.loads(found.data)["charts"]
+    assert [chart["title"] for chart in charts["other"]] == [f"mine{n:02}" for n in range(40)]
+    assert "10 more are not drawn" in found.text
 
 
 @pytest.mark.parametrize(
@@ -158,6 +184,7 @@ def test_secrets_of_a_config_are_hidden(tmp_path):
         ([2.5], "2.5"),
         (["nan", "inf", 3.0], "steps whose loss is no number"),
         (["nan", "nan"], "No evaluation was recorded"),
+        ([1e308, -1e308, 1.0], "1"),
     ],
 )
 def test_a_run_of_little_is_a_page_and_pictures(tmp_path, losses, words):
@@ -167,7 +194,11 @@ def test_a_run_of_little_is_a_page_and_pictures(tmp_path, losses, words):
     assert words in found.text
     assert len(found.sections) == len(SECTIONS) - 1
     assert "NaN" not in found.data
-    write_pngs(read_report([folder]), tmp_path / "png")
+    lines = (folder / RUN_FILES.train_metrics).read_text().splitlines(keepends=True)
+    late = [line.replace('"time": 17', '"time": 18', 1) for line in lines[:1]]  # a clock set back
+    (folder / RUN_FILES.train_metrics).write_text("".join(late + lines[1:]))
+    for axis in ("step", "time"):
+        write_pngs(read_report([folder]), tmp_path / "png", axis=axis)
 
 
 def test_several_runs_share_charts_and_are_compared(tmp_path):
@@ -219,11 +250,16 @@ def test_the_command_writes_a_page_of_a_run_that_trains_and_pictures(tmp_path, c
     names = {path.name for path in png.iterdir()}
     assert {"lr-Learning-rate.png", "norms-grad_norm-by-layer.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in png.iterdir())
-    assert run(["report", "one", "--root", str(tmp_path), "--out", str(tmp_path / "no" / "x")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert run(args) == 0  # in the place of the page that is there
+    config = tmp_path / "my.json"
+    config.write_text("{}")
+    for other, problem in ((tmp_path / "no" / "x", "cannot be written"), (config, "is no report")):
+        assert run(["report", "one", "--root", str(tmp_path), "--out", str(other)]) == 2
+        assert problem in capsys.readouterr().err
+    assert config.read_text() == "{}"
 
 
-def test_the_board_lists_runs_serves_their_pages_and_nothing_else(tmp_path):
+def test_the_board_lists_runs_serves_their_pages_and_nothing_else(tmp_path, capsys):
     ids = [read_report([full(tmp_path, name)]).runs[0].facts.id for name in ("one", "two")]
 
     def get(path: str, host: str = "localhost") -> tuple[int, str]:
@@ -244,13 +280,24 @@ def test_the_board_lists_runs_serves_their_pages_and_nothing_else(tmp_path):
             assert all(f'href="/report?run={one}"' in text for one in ids)
             assert Page(get(f"/report?run={ids[0]}&run={ids[1]}")[1]).sections == [*SECTIONS]
             assert get("/", host="elsewhere.example")[0] == 403
-            for path in ("/report", "/report?run=00000000", "/report?run=..", "/../etc/passwd"):
+            assert get("/", host="LocalHost")[0] == 200
+            missing = ("/report", "/report?run=00000000", "/report?run=..", "/../etc/passwd")
+            for path in (*missing, "http://[x/", "/report?run=%00"):
                 assert get(path)[0] == 404
+            broken = Path(read_report([tmp_path / "exp" / "two"]).runs[0].facts.folder)
+            (broken / RUN_FILES.train_metrics).unlink()
+            (broken / RUN_FILES.train_metrics).mkdir()
+            assert get(f"/report?run={ids[1]}")[0] == 404
+            with socket.create_connection(("127.0.0.1", server.server_port)) as leaving:
+                leaving.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            assert get("/")[0] == 200
             with pytest.raises(ConfigError, match="cannot listen"):
                 BoardServer(str(tmp_path), port=server.server_port)
         finally:
             server.shutdown()
             thread.join()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -55,6 +55,13 @@ def test_paths_may_be_short(path: str, full: str) -> None:
     assert describe_path(path)[0].title.removesuffix(" of any type") == full
 
 
+def test_an_item_of_a_list_is_neither_required_nor_has_it_a_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["schema", "train_module.optim.betas.1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["  1: a number"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -105,6 +105,7 @@ def test_yaml_is_read_by_the_core_schema(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2", "2:1: not valid YAML: the key 'seed' stands twice in one mapping"),
         ("a: &x 1\nb: *x", "1:4: not valid YAML: anchors and aliases are not taken (&x)"),
         ("a: !!python/name:os.system x", "1:4: not valid YAML: tags are not taken ("),
+        ("a: 1\n---\nb: 2", "2:1: not valid YAML: expected a single document in the stream, but "),
         ("- 1", " expected a mapping {...} of config sections at the top"),
         ("", " expected a mapping {...} of config sections at the top"),
         ("a: " + "[" * 3000, " not valid YAML: nested more than 100 levels deep"),
@@ -130,6 +131,9 @@ def test_yaml_that_is_written_reads_back_the_same(tmp_path: Path) -> None:
         "ä\n",
         "- x",
         "1.e3",
+        "a\x85b",
+        "\u2028",
+        "a\rb",
     ]
     data = {"texts": texts, "numbers": [1e-5, 1e20, 3, True, None], "empty": {}, "none": []}
     path = tmp_path / "my.yaml"

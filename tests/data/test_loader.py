@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -315,8 +316,13 @@ def test_indivisible_batch_names_both_keys_and_the_nearest_sizes(
 
 
 def test_too_little_data_for_one_batch_gives_the_counts(dataset: DatasetConfig) -> None:
-    with pytest.raises(DataError, match=r"not enough data for one batch.*needs 10000;.*smaller"):
+    with pytest.raises(DataError, match=r"not enough data for one batch.*needs 10000;") as caught:
         loaders(dataset, global_batch_size=10_000 * SEQUENCE_LENGTH)
+    fits = re.search(r"; data_loader.global_batch_size (\d+) fits", str(caught.value))
+    assert fits is not None
+    assert loaders(dataset, global_batch_size=int(fits[1]))[0].steps_per_epoch == 1
+    with pytest.raises(DataError, match="not enough data for one batch"):
+        loaders(dataset, global_batch_size=int(fits[1]) + SEQUENCE_LENGTH)
 
 
 def test_error_of_the_reading_thread_reaches_the_caller(

@@ -44,3 +44,6 @@ def test_merge_takes_values_by_path() -> None:
         config.merge(["train_module.optim.lrr=1"])
     with pytest.raises(ConfigError, match="seed: "):
         config.merge(["seed=x"])
+    for words in ("seed=3", [3], {"seed": 3}.items()):
+        with pytest.raises(ConfigError, match="merge takes a list of texts"):
+            config.merge(words)  # type: ignore[arg-type]

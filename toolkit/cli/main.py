@@ -233,6 +233,9 @@ def _run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except OSError as error:
+        if error.errno == errno.ENOENT and not _is_somewhere():
+            gone = "the current folder was removed; change to another one"
+            return _report(gone, EXIT_BAD_INPUT, debug=debug)
         if error.errno in _NO_PATHS and error.filename is not None:
             name = shortened(str(error.filename))
             return _report(f"{name}: {error.strerror}", EXIT_BAD_INPUT, debug=debug)
@@ -257,6 +260,15 @@ def _run(args: Sequence[str]) -> int:
     except ToolkitError as error:
         message = " ".join(str(error).split())
         return _report(message, error.exit_code, debug=debug, only_here=error.only_here)
+
+
+def _is_somewhere() -> bool:
+    """Whether the current folder is there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _report(message: str, code: int, *, debug: bool, only_here: bool = False) -> int:

@@ -136,8 +136,12 @@ def schema(
         if section.doc:
             print_prose(section.doc)
         for field in section.fields:
-            default = "required" if field.default is None else f"default {field.default}"
-            print_prose(f"{field.name}: {field.type}; {default}", indent="  ")
+            line = f"{field.name}: {field.type}"
+            if field.default is None:
+                line += "; required"
+            elif field.default:
+                line += f"; default {field.default}"
+            print_prose(line, indent="  ")
             if field.doc:
                 print_prose(field.doc, indent="      ")
 

@@ -1,22 +1,21 @@
 """`toolkit report`: runs as one page for a browser, and as pictures."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from toolkit import commands
 from toolkit.cli.options import Registry, Root, argument, option
-from toolkit.wording import prefixed
+from toolkit.wording import count, prefixed
 
 
 def report(
     runs: Annotated[
         list[str], argument("One run or more: name, id, folder or URL.", metavar="RUN...")
     ],
-    out: Annotated[Path, option("The page.", metavar="FILE")] = Path("report.html"),
+    out: Annotated[str, option("The page.", metavar="FILE")] = "report.html",
     png: Annotated[
-        Path | None, option("Write a PNG of each chart too.", metavar="FOLDER", shown="none")
+        str | None, option("Write a PNG of each chart too.", metavar="FOLDER", shown="none")
     ] = None,
     axis: Annotated[
         Literal["step", "tokens", "time"], option("Horizontal axis of the PNGs.")
@@ -36,13 +35,15 @@ def report(
       toolkit report first second third --out compare.html
       toolkit report first --png pictures --axis tokens
     """
+    page = commands.report.local_path(out, "--out")
+    pictures = None if png is None else commands.report.local_path(png, "--png")
     folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
     found = commands.report.read_report(folders)
-    size = commands.report.write_html(found, out)
-    typer.echo(f"{out}: {prefixed(size, 'B')}")
-    if png is not None:
-        written = commands.report.write_pngs(found, png, axis=axis)
-        typer.echo(f"{png}: {len(written)} pictures")
+    size = commands.report.write_html(found, page)
+    typer.echo(f"{page}: {prefixed(size, 'B')}")
+    if pictures is not None:
+        written = commands.report.write_pngs(found, pictures, axis=axis)
+        typer.echo(f"{pictures}: {count(len(written), 'picture')}")
 
 
 def board(

@@ -99,7 +99,9 @@ def _description(facts: RunFacts | None, config: ExperimentConfig | None) -> str
     if facts is None or config is None:
         return ""
     origin = facts.origins.get("description", "recipe")
-    return "" if origin.startswith("recipe") or FINETUNE_FILE in origin else config.description
+    if origin.startswith("recipe") or FINETUNE_FILE in origin:
+        return ""
+    return str(mask_secrets(config.description))
 
 
 def _model(source: ModelSource, architecture: str, dtype: str) -> dict[str, str]:

@@ -40,11 +40,9 @@ def png(
 ) -> bytes:
     """A panel for each of `curves` over `xs`, from 0 on. Raises ConfigError: Pillow is not
     installed."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        problem = 'an image needs Pillow; install it with: pip install "toolkit[plot]"'
-        raise ConfigError(problem, key="--out") from None
+    check_pillow("--out")
+    from PIL import Image, ImageDraw, ImageFont
+
     image = Image.new("RGB", (_WIDTH, _TITLE + _PANEL * len(curves)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     draw.text((_LEFT, 12), title, "black", ImageFont.load_default(15))
@@ -72,6 +70,15 @@ def png(
     found = io.BytesIO()
     image.save(found, "PNG")
     return found.getvalue()
+
+
+def check_pillow(key: str) -> None:
+    """Raise ConfigError, about the option `key`, where Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        problem = 'an image needs Pillow; install it with: pip install "toolkit[plot]"'
+        raise ConfigError(problem, key=key) from None
 
 
 def ticks(low: float, high: float) -> list[float]:

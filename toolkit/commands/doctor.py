@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from toolkit import __version__
+from toolkit.commands import doctor_files
 from toolkit.distributed.ranks import loopback_interface
 from toolkit.errors import ToolkitError
 from toolkit.launch.nodes import DEFAULT_PORT
@@ -72,7 +73,7 @@ def examine(*, folder: Path | None = None, has_peers: bool = False) -> list[Find
     for about, check in checks.items():
         try:
             found += check()
-        except (ToolkitError, OSError, RuntimeError, ImportError) as error:
+        except (ToolkitError, OSError, RuntimeError, ImportError, ValueError) as error:
             found.append(Finding("failed", about, " ".join(str(error).split())))
     with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
         found += _extras()
@@ -188,6 +189,7 @@ def _device() -> Iterator[Finding]:
     seconds = time.perf_counter() - started
     if not is_right:
         yield Finding("failed", "device", f"{what}: a small product is not finite")
+        return
     yield Finding("ok", "device", f"{what}; `auto` is {precision}; first product {seconds:.2f} s")
     if gpus > 1:
         yield Finding("ok", "start", f"toolkit train CONFIG --processes {gpus}")
@@ -205,11 +207,8 @@ def _compiler() -> Iterator[Finding]:
 
 def _disks(folder: Path) -> Iterator[Finding]:
     for about, place in (("run folder", folder), ("temporary", Path(tempfile.gettempdir()))):
-        try:
-            with tempfile.TemporaryFile(dir=place) as probe:
-                probe.write(b"x")
-        except OSError as error:
-            yield Finding("failed", about, f"{place}: cannot be written: {error.strerror}")
+        if (reason := _why_not_written(place)) is not None:
+            yield Finding("failed", about, f"{place}: cannot be written: {reason}")
             continue
         free = shutil.disk_usage(place).free / 1e9
         level: Literal["ok", "note"] = "ok" if free >= _LEAST_FREE_GB else "note"
@@ -222,6 +221,16 @@ def _disks(folder: Path) -> Iterator[Finding]:
             yield Finding("note", "shared memory", text)
 
 
+def _why_not_written(place: Path) -> str | None:
+    """Why files in `place` cannot be written; None: they can."""
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def _disk_speeds(folder: Path) -> Iterator[Finding]:
     """Of the run folder, and of the folder of caches where that is another disk."""
     from toolkit.commands.doctor_speed import disk_speed
@@ -231,19 +240,21 @@ def _disk_speeds(folder: Path) -> Iterator[Finding]:
     if cache.is_dir() and cache.stat().st_dev != folder.stat().st_dev:
         places["cache folder"] = cache
     for about, place in places.items():
-        if not os.access(place, os.W_OK):
+        if _why_not_written(place) is not None:  # "disks" has said so of the run folder
             continue
-        with _scratch(place) as inside:
-            speed = disk_speed(inside / "file")
+        try:
+            with _scratch(place) as inside:
+                speed = disk_speed(inside / "file")
+        except OSError as error:
+            yield Finding("note", about, f"{place}: speed not measured: {error.strerror}")
+        else:
             read = "" if speed.read is None else f", read {prefixed(speed.read, 'B/s')}"
             text = f"write {prefixed(speed.write, 'B/s')}{read}"
             yield Finding("ok", about, f"{text}, from memory {prefixed(speed.cached, 'B/s')}")
 
 
 def _file_system(folder: Path) -> Iterator[Finding]:
-    from toolkit.commands import doctor_files
-
-    if not os.access(folder, os.W_OK):  # "disks" has said so
+    if _why_not_written(folder) is not None:  # "disks" has said so
         return
     kind = doctor_files.kind_of_file_system(folder) or "of unknown kind"
     with _scratch(folder) as place:
@@ -268,9 +279,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _locks(root: Path) -> Iterator[Finding]:
-    from toolkit.commands.doctor_files import stale_locks
-
-    stale = stale_locks(root)
+    stale = doctor_files.stale_locks(root)
     if not stale:
         yield Finding("ok", "locks", f"{root}: none that a dead run left")
         return

@@ -1,15 +1,15 @@
 """What runs need of a file system, and the locks that dead runs left in it."""
 
-import contextlib
-import fcntl
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.lock import is_locked, read_lock_info
+from toolkit.storage.foreign import reason_of
+from toolkit.storage.locks import locked
 
 _CLOCK_SECONDS = 5.0
 _MOST_RUNS = 2000
@@ -33,8 +33,8 @@ def _failing(place: Path, checks: dict[str, Callable[[Path], bool]]) -> list[str
         try:
             if not check(inside):
                 failing.append(name)
-        except OSError as error:
-            failing.append(f"{name} ({error.strerror})")
+        except (OSError, NotImplementedError) as error:  # the latter: filelock, of flock
+            failing.append(f"{name} ({reason_of(error)})")
     return failing
 
 
@@ -72,8 +72,8 @@ def _excludes(place: Path) -> bool:
 
 
 def _locks(place: Path) -> bool:
-    with holding(place / "file"):
-        return is_held(place / "file")
+    with locked(place / "file"), locked(place / "file", wait=False) as is_free:
+        return not is_free
 
 
 def _links(place: Path) -> bool:
@@ -87,29 +87,6 @@ def _keeps_time(place: Path) -> bool:
     path = place / "file"
     path.touch()
     return abs(path.stat().st_mtime - time.time()) < _CLOCK_SECONDS
-
-
-@contextlib.contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """Hold the system's lock of the file `path`, which is made."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_held(path: Path) -> bool:
-    """Whether anybody else holds it."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def kind_of_file_system(folder: Path) -> str:

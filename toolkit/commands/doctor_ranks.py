@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 import toolkit
 from toolkit.commands.doctor import Finding, examine
-from toolkit.commands.doctor_files import holding, is_held
 from toolkit.commands.doctor_speed import all_reduce_speed, matmul_speeds
 from toolkit.distributed.devices import pick_device
 from toolkit.distributed.launcher import rank_of, world_size_of
@@ -27,6 +26,7 @@ from toolkit.launch.nodes import host_name
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.workers import launch, toolkit_command
 from toolkit.runs.environment import installed_version
+from toolkit.storage.locks import locked
 from toolkit.wording import count, prefixed
 
 _TIMEOUT = datetime.timedelta(minutes=2)
@@ -151,9 +151,10 @@ def _shared_folder(
         if is_head:
             path = place / str(box[0])
             try:
-                stack.enter_context(holding(path))
+                path.touch()
                 stack.callback(path.unlink, missing_ok=True)
-            except OSError:
+                stack.enter_context(locked(path))
+            except (OSError, NotImplementedError):
                 box = [None]
         dist.broadcast_object_list(box, src=0, group=group)
         if box[0] is None:  # "disks" and "file system" have said so
@@ -179,7 +180,10 @@ def _view(path: Path, *, is_head: bool) -> tuple[bool, bool]:
     """Whether the file is there, and whether it is seen to be locked."""
     if is_head:
         return True, True
-    try:
-        return True, is_held(path)
-    except OSError:
+    if not path.exists():
         return False, False
+    try:
+        with locked(path, wait=False) as is_free:
+            return True, not is_free
+    except (OSError, NotImplementedError):
+        return True, False

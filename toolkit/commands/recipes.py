@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.config.files import SCHEMA_KEY
+from toolkit.config.files import SCHEMA_KEY, write_new
 from toolkit.config.interpolation import variables
 from toolkit.config.paths import local_path
 from toolkit.config.schema import json_schema
 from toolkit.data.config import TOKENIZER_PRESETS, HFTokenizerConfig, HubSourceConfig
-from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load import load_experiment
 from toolkit.experiment.sources import OFFICIAL, engine_files, recipe_names, recipe_text
@@ -59,13 +58,7 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
     own_name = name.removeprefix(OFFICIAL)
     own_name = own_name if name in engine_files() else f"{own_name.removesuffix('.json')}.json"
     path = path / own_name if path.is_dir() else path
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{path}: exists; give another file name") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    write_new(path, text)
     return path
 
 

@@ -38,7 +38,7 @@ class Field(NamedTuple):
     type: str
     """What a user writes for it, in words."""
     default: str | None
-    """As JSON; None where it must be given."""
+    """As JSON; None where it must be given; empty of an item of a list or mapping."""
     doc: str
 
 
@@ -62,7 +62,7 @@ def describe_path(path: str) -> list[Section]:
     structs = _structs(target)
     if not structs:
         owners = [s for s in struct_types(owner) if name in _names(s)]
-        fields = [_field(owners[0], name)] if owners else [Field(name, describe(target), None, "")]
+        fields = [_field(owners[0], name)] if owners else [Field(name, _words(target), "", "")]
         return [Section(path, "", fields)]
     title = f"{path}, each" if _is_many(target) else path
     described = [[_field(struct, name) for name in _names(struct)] for struct in structs]

@@ -8,12 +8,14 @@ from typing import Any
 from toolkit.config.types import shown
 from toolkit.config.yaml_text import check_nesting, load_config_yaml
 from toolkit.errors import ConfigError
+from toolkit.storage.atomic import create_atomic, why_not_creatable
 from toolkit.storage.foreign import read_bytes, reason_of
 
 YAML_SUFFIXES = (".yaml", ".yml")
 SCHEMA_KEY = "$schema"
 """Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
 
+_NO_TOML = "TOML is not read; write the config as JSON or YAML"
 _HINTS = {
     r"/\*": "a comment that does not end; it ends with */",
     r"#": "a comment begins with //, or stands in /* */",
@@ -36,10 +38,31 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     if path.suffix.lower() == ".toml":
-        raise ConfigError(f"{path}: TOML is not read; write the config as JSON or YAML")
+        raise ConfigError(f"{path}: {_NO_TOML}")
     if path.suffix.lower() in YAML_SUFFIXES:
         return _parse_yaml_mapping(text, str(path))
     return parse_json_mapping(text, str(path))
+
+
+def check_new(path: Path) -> None:
+    """Raise ConfigError where a config file cannot be made as `path`, or would not be read."""
+    if path.suffix.lower() == ".toml":
+        raise ConfigError(f"{path}: {_NO_TOML}")
+    if (problem := why_not_creatable(path)) is not None:
+        advice = "; give another file name" if problem == "exists" else ""
+        raise ConfigError(f"{path}: {problem}{advice}")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a config file, whole or not at all. Raises ConfigError: it exists, or cannot be
+    written."""
+    check_new(path)
+    try:
+        is_new = create_atomic(path, text.encode())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    if not is_new:
+        check_new(path)
 
 
 def _parse_yaml_mapping(text: str, name: str) -> dict[str, Any]:

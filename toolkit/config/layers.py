@@ -224,6 +224,8 @@ class ConfigLayers(Generic[T]):
 
 def merged(config: T, overrides: Sequence[str]) -> T:
     """`config` with overrides, `PATH=VALUE` with or without two dashes before it."""
+    if isinstance(overrides, str) or not all(isinstance(word, str) for word in overrides):
+        raise ConfigError('merge takes a list of texts, as in ["optim.lr=1e-3", "seed=3"]')
     layers = ConfigLayers(type(config))
     layers.add(config.to_dict(), "config")
     words = [word if word.startswith("--") else f"--{word}" for word in overrides]

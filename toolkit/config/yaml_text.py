@@ -30,6 +30,7 @@ _CONSTANTS = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys(("null", "Null", "NULL", "~", "")),
 }
+_LINE_ENDS = re.compile("[\r\x85\u2028\u2029]")
 _LONGEST_NUMBER = 400
 """Longer texts are no number that a config can hold, and Python refuses to convert them."""
 
@@ -69,7 +70,9 @@ def dump_yaml(data: Any) -> str:
         pass
 
     def text(dumper: Any, value: str) -> Any:
-        style = None if isinstance(plain_scalar(value), str) else '"'
+        # Line ends other than \n are folded into spaces where they are not escaped.
+        is_plain = isinstance(plain_scalar(value), str) and not _LINE_ENDS.search(value)
+        style = None if is_plain else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
@@ -117,8 +120,10 @@ def _read(text: str, *, as_node: bool) -> Any:
     try:
         return (yaml.compose if as_node else yaml.load)(text, Loader=_loader())
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "cannot be read")
-        raise YAMLProblem(str(problem), getattr(error, "problem_mark", None)) from None
+        problem = str(getattr(error, "problem", None) or getattr(error, "reason", "cannot be read"))
+        if problem.startswith("but "):  # "found another document"
+            problem = f"{getattr(error, 'context', None)}, {problem}"
+        raise YAMLProblem(problem, getattr(error, "problem_mark", None)) from None
     except RecursionError:
         raise YAMLProblem(f"nested more than {DEEPEST} levels deep") from None
 

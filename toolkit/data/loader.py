@@ -20,7 +20,7 @@ from toolkit.data.instances.base import Rows, check_ids
 from toolkit.data.instances.custom import UNKNOWN_LENGTH
 from toolkit.data.order.batches import BatchOrder, StreamBatches, check_batch_size
 from toolkit.data.order.mixture import check_limits
-from toolkit.data.order.plan import Segment
+from toolkit.data.order.plan import Segment, batch_that_fits
 from toolkit.data.prefetch import prefetch_to_device, read_ahead
 from toolkit.errors import DataError
 
@@ -131,11 +131,17 @@ class TrainLoader:
         self._phases = config.phases(dataset.sequence_length)
         largest = max(segment.batch_instances for segment in corpus.order.segments)
         if corpus.order.epoch_instances < largest:
+            have, length = corpus.order.epoch_instances, self.sequence_length
+            fits = batch_that_fits(have, length, world_size)
+            advice = (
+                f"data_loader.global_batch_size {fits} fits"
+                if fits
+                else "make one of the two smaller"
+            )
             raise DataError(
-                f"not enough data for one batch: the training split has {self.num_instances} "
-                f"instances of dataset.sequence_length {self.sequence_length}, one batch of "
-                f"data_loader.global_batch_size {largest * self.sequence_length} needs {largest}; "
-                "make one of the two smaller, or give more text"
+                f"not enough data for one batch: the training split has {have} instances of "
+                f"dataset.sequence_length {length}, one batch of data_loader.global_batch_size "
+                f"{largest * length} needs {largest}; {advice}, or give more text"
             )
         self._set_order(corpus.order)
 

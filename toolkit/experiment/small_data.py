@@ -1,5 +1,6 @@
 """Sizes of batches that work where there is less data than one batch needs."""
 
+from toolkit.data.order.plan import batch_that_fits
 from toolkit.experiment.config import ExperimentConfig
 
 
@@ -22,12 +23,11 @@ def sizes_that_fit(config: ExperimentConfig, instances: int, ranks: int) -> list
         length = 1 << (shorter.bit_length() - 1)
         instances = ranks
         flags.append(f"--dataset.sequence_length={length}")
-    share = instances // ranks
-    rows = share
+    rows = 1
     if module.rank_microbatch_size is not None:
-        rows = max(1, min(share, module.rank_microbatch_size // length))
-        share = share // rows * rows
-    flags.append(f"--data_loader.global_batch_size={share * ranks * length}")
+        rows = max(1, min(instances // ranks, module.rank_microbatch_size // length))
+    batch = batch_that_fits(instances, length, ranks, rows)
+    flags.append(f"--data_loader.global_batch_size={batch}")
     if module.rank_microbatch_size not in (None, rows * length):
         flags.append(f"--train_module.rank_microbatch_size={rows * length}")
     if loader.batch_size_schedule:

@@ -20,6 +20,7 @@ from toolkit.checkpoint.commit import SPARE_BYTES, Save, write_checkpoint
 from toolkit.checkpoint.folder import MODEL_PREFIX, TENSORS_FOLDER, check_free_space
 from toolkit.checkpoint.save_plan import ShardWriter
 from toolkit.checkpoint.tensors import iterate_tensors
+from toolkit.config.yaml_text import load_yaml
 from toolkit.data.prepare.tokenizers.companions import read_json
 from toolkit.data.tokens.prepared import TOKENIZER_FOLDER
 from toolkit.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -236,8 +237,6 @@ def _compare(source: Path, config: TransformerConfig, step: Path, known: list[in
 
 def _license(source: Path) -> dict[str, str]:
     """`license` and what belongs to it, from the metadata at the head of the model's own card."""
-    from toolkit.config.yaml_text import load_yaml
-
     try:
         text = read_bytes(source / "README.md", CheckpointError).decode()
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)

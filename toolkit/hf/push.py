@@ -1,9 +1,13 @@
 """Exported folders as repositories of the Hugging Face hub, or of what HF_ENDPOINT names."""
 
 import os
+import shlex
 from pathlib import Path
 
 from toolkit.errors import CheckpointError
+from toolkit.storage.foreign import reason_of
+
+_NO_REASON = "For more information check"
 
 
 def check_push(repo: str) -> None:
@@ -38,11 +42,14 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str)
     except Exception as error:  # of httpx, huggingface_hub, hf_xet and the system
         raise CheckpointError(
             f"--push-to-hub {repo}: {_reason(error)}; the export is in {folder}, and "
-            f"`hf upload {repo} {folder}` tries again"
+            f"`{shlex.join(['hf', 'upload', repo, str(folder)])}` tries again"
         ) from None
     return str(created)
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """What the hub says stands after an address of a page about HTTP."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(_NO_REASON)]
+    if not lines or isinstance(error, KeyError):
+        return reason_of(error)
     return " ".join(" ".join(lines[:3]).split()).rstrip(".: ")

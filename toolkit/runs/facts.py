@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import RunError
 from toolkit.metrics.history import read_history
 from toolkit.runs.files import CHECKPOINT_METADATA, RUN_FILES
@@ -91,7 +92,7 @@ class RunFacts(msgspec.Struct, kw_only=True):
     origins: dict[str, str]
     """Path of a value -> where it came from; values without one are defaults."""
     command: dict[str, Any]
-    """Newest command line: argv, cwd, python, started."""
+    """Newest command line: argv, cwd, python, started; secrets masked."""
     git: dict[str, Any]
     """Repository, commit, branch, dirty."""
     environment: dict[str, Any]
@@ -151,7 +152,7 @@ def run_facts(run_dir: Path) -> RunFacts:
         attempts=_attempts(folder, status, record.state, progress),
         config=_read(folder, RUN_FILES.config),
         origins={k: str(v) for k, v in _read(folder, RUN_FILES.origins).items()},
-        command=_read(folder, RUN_FILES.command),
+        command=mask_secrets(_read(folder, RUN_FILES.command)),
         git=_read(folder, RUN_FILES.git),
         environment=_read(folder, RUN_FILES.environment),
         engine=_read(folder, RUN_FILES.engine),

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import sys
 import threading
 import urllib.parse
 from http import HTTPStatus
@@ -10,6 +11,7 @@ from typing import Any
 from toolkit.commands.report.page import filled, html
 from toolkit.commands.report.reading import read_report
 from toolkit.commands.runs.listing import Wanted, check_root, list_all
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.runs.listing import find_run
 from toolkit.storage.remote import is_url
@@ -45,6 +47,11 @@ class BoardServer(http.server.ThreadingHTTPServer):
             problem = f"cannot listen on port {port}: {error.strerror}; give another"
             raise ConfigError(problem, key="--port") from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing of browsers that left before they had a page."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def page(self, path: str, query: dict[str, list[str]]) -> tuple[str, bool] | None:
         """The page at `path`, and whether it will be another one soon; None: there is none."""
         with self.reading:
@@ -70,15 +77,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: BoardServer
 
     def do_GET(self) -> None:
-        host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
-        if host not in _HOSTS:  # a page from elsewhere whose name was made to lead here
-            self.send_error(HTTPStatus.FORBIDDEN)
+        host = self.headers.get("Host", "").lower()
+        # A page from elsewhere could have a name that was made to lead here.
+        if (host.rpartition(":")[0] or host) not in _HOSTS:
+            self._send(HTTPStatus.FORBIDDEN, "only for browsers of this machine", "text/plain")
             return
-        url = urllib.parse.urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         try:
-            found = self.server.page(url.path, urllib.parse.parse_qs(url.query))
-        except ToolkitError as error:
-            self._send(HTTPStatus.NOT_FOUND, str(error), "text/plain")
+            found = self.server.page(path, urllib.parse.parse_qs(query))
+        except (ToolkitError, ValueError) as error:
+            self._send(HTTPStatus.NOT_FOUND, str(mask_secrets(str(error))), "text/plain")
+            return
+        except OSError as error:  # a folder that went away while it was read
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), "text/plain")
             return
         if found is None:
             self._send(HTTPStatus.NOT_FOUND, "no such page; / lists the runs", "text/plain")

@@ -1,6 +1,7 @@
 """Which curves of runs a report draws, down-sampled to a size that a page can hold."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -15,6 +16,8 @@ _ALL_POINTS = 36_000
 _LEAST_POINTS = 24
 _MOST_CURVES = 40
 """In a chart, as of a model of many layers: evenly chosen ones beyond."""
+_MOST_CHARTS = 40
+"""In a section, the first ones: a browser keeps the picture of each."""
 
 _SCHEDULED = ("weight_decay", "betas.", "global_batch_size", "sequence_length")
 _LOSSES = ("z_loss", "load_balancing_loss", "router_z_loss", "expert_load_max")
@@ -32,6 +35,11 @@ _WORDS = {
 }
 _THROUGHPUT = ("tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "compute_ratio")
 _NOT_DRAWN = ("num_targets", "seconds", "ppl")
+_ELSEWHERE = (
+    *("loss", "lr", "grad_norm", "skipped", "instances/", "epoch", "attempt", "ppl"),
+    *_LOSSES, *_SCHEDULED, *_THROUGHPUT,
+)  # fmt: skip
+"""How those metrics of training begin that stand in a section of their own, or in none."""
 
 
 class Axes(msgspec.Struct, frozen=True):
@@ -81,10 +89,19 @@ class _Wanted(msgspec.Struct, frozen=True):
     is_log: bool = False
 
 
-def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, list[Chart]]:
-    """The charts of each section; `names` are those of the runs."""
+def charts_of(
+    names: Sequence[str], histories: Sequence[History]
+) -> tuple[dict[str, list[Chart]], dict[str, int]]:
+    """The charts of each section, and how many more a section would have; `names` are those of the
+    runs."""
     whole = [_with_axes(history) for history in histories]
-    wanted = [chart for chart in _wanted(names, whole) if chart.curves]
+    wanted: list[_Wanted] = []
+    number_of: Counter[str] = Counter()
+    for chart in _wanted(names, whole):
+        if chart.curves:
+            number_of[chart.section] += 1
+            if number_of[chart.section] <= _MOST_CHARTS:
+                wanted.append(chart)
     number = sum(min(len(chart.curves), _MOST_CURVES) for chart in wanted)
     points = max(_LEAST_POINTS, min(_MOST_POINTS, _ALL_POINTS // max(1, number)))
     evaluations = {id(series) for history in whole for series in history.eval.values()}
@@ -96,7 +113,8 @@ def charts_of(names: Sequence[str], histories: Sequence[History]) -> dict[str, l
         ]
         drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
         found.setdefault(chart.section, []).append(drawn)
-    return found
+    more = {name: n - _MOST_CHARTS for name, n in number_of.items() if n > _MOST_CHARTS}
+    return found, more
 
 
 def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:
@@ -128,6 +146,7 @@ def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wan
     yield from _evaluations(histories)
     yield from _data(names, histories)
     yield from _system(histories)
+    yield from each("other", (name for name in recorded if not name.startswith(_ELSEWHERE)))
 
 
 def _norms(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wanted]:

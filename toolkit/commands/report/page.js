@@ -44,7 +44,8 @@ function ticks(low, high, number) {
   const raw = (high - low) / number || 1, power = 10 ** Math.floor(Math.log10(raw));
   const size = [1, 2, 2.5, 5, 10].map(n => n * power).find(n => n >= raw);
   const found = [];
-  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + 1e-9 * size; n++) found.push(n * size);
+  // Beyond 2^53 a count does not change any more.
+  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + 1e-9 * size && found.length < 20; n++) found.push(n * size);
   return found;
 }
 

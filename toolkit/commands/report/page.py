@@ -24,9 +24,11 @@ from toolkit.errors import ConfigError
 from toolkit.metrics.history import Series
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.atomic import write_atomic
+from toolkit.storage.foreign import check_regular
 from toolkit.wording import compact, span, visible
 
 _FOLDER = Path(__file__).parent
+_BEGINNING = b"<!doctype html>"
 COLORS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
     "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
@@ -44,19 +46,25 @@ SECTIONS = {
     "checkpoints": "Checkpoints",
     "attempts": "Attempts and interruptions",
     "system": "System",
+    "other": "Other metrics",
     "config": "Config",
     "repeat": "How to repeat it",
 }
 
 
 def write_html(report: Report, path: Path) -> int:
-    """Write the page to `path`, in the place of what is there; its size in bytes.
+    """Write the page to `path`, in the place of a page that is there; its size in bytes.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or the file there is no page.
     """
     data = html(report).encode()
     try:
+        if path.exists():
+            check_regular(path, ConfigError)
+            with path.open("rb") as file:
+                if file.read(len(_BEGINNING)) not in (_BEGINNING, b""):
+                    raise ConfigError(f"{path}: exists and is no report; give another", key="--out")
         write_atomic(path, data)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}", key="--out") from None
@@ -90,7 +98,12 @@ def filled(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_printable,
     )
-    environment.filters |= {"compact": compact, "span": span, "number": _number}
+    environment.filters |= {
+        "compact": compact,
+        "span": span,
+        "number": _number,
+        "masked": mask_secrets,
+    }
     style = Markup((_FOLDER / "page.css").read_text())
     return environment.get_template(template).render(style=style, **values)
 
@@ -184,7 +197,7 @@ def _overview(run: RunReport) -> dict[str, str]:
     if facts.status.exit_reason not in (None, "done") and state != "running":
         state += f" ({facts.status.exit_reason})"
     if facts.status.message:
-        state += f": {facts.status.message}"
+        state += f": {mask_secrets(facts.status.message)}"
     val = best = ""
     if progress.val_loss is not None:
         val = f"{progress.val_loss:.6g} ({progress.val_name}, step {progress.val_step:,})"
@@ -227,15 +240,15 @@ def _commands(run: RunReport) -> list[str]:
     """What makes the run again, as far as the folder tells."""
     facts, lines = run.facts, []
     if facts.git.get("commit"):
-        lines.append(f"git checkout {facts.git['commit']}")
+        lines.append(f"git checkout {shlex.quote(str(facts.git['commit']))}")
         if facts.git.get("dirty"):
             patch = Path(facts.folder) / RUN_FILES.changes
             known = f"git apply {shlex.quote(str(patch))}"
             lines.append(known if patch.is_file() else "# uncommitted changes were not recorded")
     argv = facts.command.get("argv")
     if isinstance(argv, list) and len(argv) > 1:
-        words = [str(mask_secrets(str(word))) for word in argv[1:]]
-        lines.append(f"# as it was typed, in {facts.command.get('cwd', '?')}")
+        words = [str(word) for word in argv[1:]]
+        lines.append(f"# as it was typed, in {visible(str(facts.command.get('cwd', '?')))}")
         lines.append(shlex.join(["toolkit", *words]))
     stored = shlex.quote(str(Path(facts.folder) / RUN_FILES.config))
     again = shlex.quote(f"{facts.record.name}-again")

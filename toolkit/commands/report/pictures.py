@@ -22,6 +22,8 @@ from toolkit.wording import visible
 
 _SIZE, _LEFT, _RIGHT, _TOP, _BOTTOM = (1000, 560), 90, 210, 46, 56
 _MOST_NAMES = 24
+_LARGEST = 1e300
+"""Values are below: their differences are numbers too."""
 
 
 def write_pngs(report: Report, folder: Path, *, axis: str = "step") -> list[Path]:
@@ -30,11 +32,7 @@ def write_pngs(report: Report, folder: Path, *, axis: str = "step") -> list[Path
     Raises:
         ConfigError: Pillow is not installed, or a file cannot be written.
     """
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        problem = 'an image needs Pillow; install it with: pip install "toolkit[plot]"'
-        raise ConfigError(problem, key="--png") from None
+    charts.check_pillow("--png")
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +66,10 @@ def _png(report: Report, chart: Chart, axis: str) -> bytes:
     since: dict[int, float] = {}  # of each run, where its axis of time begins
     for curve, xs, _, _ in curves:
         if len(xs):
-            first = float(xs[0]) if axis == "time" else 0.0
+            first = float(xs.min()) if axis == "time" else 0.0
             since[curve.run] = min(first, since.get(curve.run, first))
-    left = min(float(xs[0]) - since[c.run] for c, xs, _, _ in curves if len(xs))
-    right = max(float(xs[-1]) - since[c.run] for c, xs, _, _ in curves if len(xs))
+    left = min(float(xs.min()) - since[c.run] for c, xs, _, _ in curves if len(xs))
+    right = max(float(xs.max()) - since[c.run] for c, xs, _, _ in curves if len(xs))
     every = np.concatenate([ys for _, ys in seen])
     low, high = float(every.min()), float(every.max())
     usual = float(np.quantile(every, 0.98))
@@ -117,7 +115,7 @@ def _name(report: Report, run: int, label: str) -> str:
 
 def _known(series: Series, axis: str, *, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
     xs = getattr(series, axis).astype(np.float64)
-    ok = np.isfinite(series.value) & np.isfinite(xs) & (xs >= 0)
+    ok = (np.abs(series.value) < _LARGEST) & np.isfinite(xs) & (xs >= 0)
     if is_log:
         ok &= series.value > 0
         return xs[ok], np.log10(series.value[ok])

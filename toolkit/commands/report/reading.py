@@ -11,7 +11,14 @@ import numpy as np
 
 from toolkit.commands.report.charts import Axes, Chart, charts_of
 from toolkit.commands.report.gaps import Throughput, throughput
-from toolkit.commands.runs.compare import Difference, compare, parting_lines, sections, titles
+from toolkit.commands.runs.compare import (
+    Difference,
+    compare,
+    origin_of,
+    parting_lines,
+    sections,
+    titles,
+)
 from toolkit.commands.runs.curves import LETTERS
 from toolkit.commands.runs.listing import flat
 from toolkit.config.secrets import mask_secrets
@@ -98,6 +105,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[RunReport]
     charts: dict[str, list[Chart]]
     """By section of the page."""
+    not_drawn: dict[str, int]
+    """Section -> charts that it has too many of."""
     differences: dict[str, list[Difference]]
     """Of several runs, as `toolkit runs compare` tells them."""
     partings: list[str]
@@ -115,13 +124,15 @@ def read_report(folders: Sequence[Path]) -> Report:
     names = titles(facts)
     histories = [read_history(folder, streams=History._fields) for folder in folders]
     runs = [_run(*each) for each in zip(names, facts, histories, strict=True)]
+    charts, not_drawn = charts_of(names, histories)
     lines: list[str] = []
     for letter, parting in zip(LETTERS[1:], found.partings if found else [], strict=False):
         lines += parting_lines(letter, parting, TOLERANCE)
     return Report(
         made=utc_text(time.time()),
         runs=runs,
-        charts=charts_of(names, histories),
+        charts=charts,
+        not_drawn=not_drawn,
         differences=sections(found) if found is not None else {},
         partings=lines,
     )
@@ -202,14 +213,5 @@ def _settings(facts: RunFacts) -> list[Setting]:
     found = []
     for path, value in flat(mask_secrets(facts.config)).items():
         text: Any = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        found.append(Setting(path, text, _origin(facts.origins, path)))
+        found.append(Setting(path, text, origin_of(facts.origins, path)))
     return found
-
-
-def _origin(origins: dict[str, str], path: str) -> str:
-    """Of a value, or of the mapping that it was given in; empty: a default."""
-    while path:
-        if path in origins:
-            return str(mask_secrets(origins[path]))
-        path = path.rpartition(".")[0]
-    return ""

@@ -10,6 +10,7 @@ import numpy as np
 
 from toolkit.commands.runs.listing import flat
 from toolkit.config import convert
+from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.metrics.history import Series, read_history
@@ -121,8 +122,8 @@ def differences(
     left_out: Sequence[str] = (),
     origins: Sequence[Mapping[str, str]] = (),
 ) -> list[Difference]:
-    """The values by dotted path that are not the same everywhere; a path that begins like one
-    `left_out` is none of them."""
+    """The values by dotted path that are not the same everywhere, secrets masked; a path that
+    begins like one `left_out` is none of them."""
     flats = [flat(mapping) if mapping else {} for mapping in mappings]
     found = []
     for path in dict.fromkeys(path for values in flats for path in values):
@@ -130,7 +131,9 @@ def differences(
         if all(value in (None, UNSET) for value in values) or path.startswith(tuple(left_out)):
             continue  # null and absent say the same
         if any(not _same(value, values[0]) for value in values):
-            found.append(Difference(path, values, [_origin(known, path) for known in origins]))
+            name = path.rpartition(".")[2]
+            shown_values = [mask_secrets({name: value})[name] for value in values]
+            found.append(Difference(path, shown_values, [origin_of(o, path) for o in origins]))
     return found
 
 
@@ -223,11 +226,12 @@ def _same(one: Any, other: Any) -> bool:
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _origin(origins: Mapping[str, str], path: str) -> str:
-    """Of a value, or of the mapping that it was given in."""
+def origin_of(origins: Mapping[str, str], path: str) -> str:
+    """Where a value came from, or the mapping that it was given in, secrets masked; empty: a
+    default."""
     while path:
         if path in origins:
-            return origins[path]
+            return str(mask_secrets(origins[path]))
         path = path.rpartition(".")[0]
     return ""
 

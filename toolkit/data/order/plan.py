@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
 
+def batch_that_fits(instances: int, length: int, ranks: int, rows: int = 1) -> int:
+    """Tokens of the largest batch that `instances` of `length` tokens make over `ranks` ranks, each
+    with a multiple of `rows` of them; 0: none."""
+    return instances // ranks // rows * rows * ranks * length
+
+
 class Segment(NamedTuple):
     """Batches of one size, of rows of one length."""
 
