@@ -30,7 +30,7 @@ def test_json_examples_are_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "mixes").mkdir()
     (tmp_path / "mixes" / "math.json").write_text('{"sources": {"proofs": {"ratio": 1}}}')
     examples = re.findall(r'```json\n"dataset": (.*?)```', GUIDE, flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         path = tmp_path / "section.json"
         path.write_text(f'{{"model": {{"preset": "gpt2_124M"}}, "dataset": {example}}}')

@@ -25,29 +25,29 @@ def check_data_kind(
                 f"rows with dataset.instructions.kind={_KIND_OF[wanted]}"
             )
         return
-    for where, found in _units(cfg, info):
+    for where, found, is_trained in _units(cfg, info):
         if found == wanted:
             continue
         rows = "plain text or conversations (dataset.instructions.kind=conversations)"
         if wanted is not None:
             rows = f"rows for dataset.instructions.kind={_KIND_OF[wanted]}"
+        advice = f"set {TRAINED_BY[found]}, or give {rows}" if is_trained else f"give it {rows}"
         raise ConfigError(
-            f"{trains} needs {name_of(wanted)}, and {where} holds {name_of(found)}; set "
-            f"{TRAINED_BY[found]}, or give {rows}"
+            f"{trains} needs {name_of(wanted)}, and {where} holds {name_of(found)}; {advice}"
         )
 
 
-def _units(cfg: DataConfig, info: CorpusInfo | None) -> list[tuple[str, UnitKind | None]]:
-    """Every corpus, for a message, and the unit of its documents."""
+def _units(cfg: DataConfig, info: CorpusInfo | None) -> list[tuple[str, UnitKind | None, bool]]:
+    """Every corpus, for a message, the unit of its documents, and whether it is trained on."""
     if info is not None:
-        return [
-            (str(prepared.folder), prepared.unit)
-            for _, prepared in (*info.parts.values(), *info.eval_parts.values())
-        ]
+        parts = [(prepared, True) for _, prepared in info.parts.values()]
+        parts += [(prepared, False) for _, prepared in info.eval_parts.values()]
+        return [(str(prepared.folder), prepared.unit, trained) for prepared, trained in parts]
     corpora = [
-        (f"dataset.mix.sources.{name}" if name else "dataset", config)
+        (f"dataset.mix.sources.{name}" if name else "dataset", config, True)
         for name, config in datasets_of(cfg).items()
     ]
-    corpora += [(f"dataset.eval_sets.{name}", one) for name, one in eval_sets_of(cfg).items()]
+    sets = eval_sets_of(cfg).items()
+    corpora += [(f"dataset.eval_sets.{name}", config, False) for name, config in sets]
     # Without a source the token files are taken as they are, whatever is said of rows.
-    return [(where, config.unit) for where, config in corpora if config.source is not None]
+    return [(where, one.unit, trained) for where, one, trained in corpora if one.source is not None]

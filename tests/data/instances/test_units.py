@@ -203,7 +203,7 @@ def test_data_of_another_kind_than_trained_is_refused_in_one_line(tmp_path: Path
         with pytest.raises(ConfigError, match=r"kto needs completions with a label, and .*pairs"):
             check_data_kind(cfg, "binary", trains="kto", info=info)
     with_text = cfg.replace(dataset=config.replace(eval_sets={"web": text}))
-    with pytest.raises(ConfigError, match=r"dpo needs pairs.*dataset.eval_sets.web holds text"):
+    with pytest.raises(ConfigError, match=r"eval_sets.web holds text or conv.*; give it rows"):
         check_data_kind(with_text, "pair", trains="dpo")
     with pytest.raises(ConfigError, match=r"eval_sets.web: the training data and web do not go"):
         prepare_corpus(with_text, progress=False)
@@ -253,5 +253,8 @@ def test_merging_and_splitting_keep_units_together(tmp_path: Path) -> None:
     conversations = dataset(tmp_path, [{"prompt": "a", "completion": "b"}] * 4, dataset_name="sft")
     conversations = conversations.replace(instructions=InstructionsConfig())
     other = prepare_dataset(conversations, progress=False)
+    manifest = json.loads((other.folder / "dataset.json").read_text())
+    assert "unit" not in manifest, "the files of other data stay what they were"
+    assert "kind" not in manifest["settings"]["instructions"]
     with pytest.raises(DataError, match=r"differ in what they hold \(pairs of a chosen"):
         merge_datasets([first.folder, other.folder], tmp_path / "both", progress=False)

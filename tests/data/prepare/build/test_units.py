@@ -33,6 +33,7 @@ from toolkit.data.config import (
 from toolkit.data.prepare.build import parts, workers
 from toolkit.data.prepare.build.prepare import prepare_dataset
 from toolkit.data.prepare.build.unit_encoding import UnitEncoder
+from toolkit.data.prepare.text.presence import check_presence
 from toolkit.data.prepare.text.reading import Piece
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from toolkit.data.tokens.prepared import PreparedDataset, Split
@@ -275,3 +276,12 @@ def test_control_names_in_a_row_stay_text(tmp_path: Path) -> None:
     ends = np.flatnonzero(found.ids == made.control_tokens["<|im_end|>"])
     assert len(ends) == 2
     assert made.control_tokens["<s>"] not in found.ids
+
+
+def test_sides_that_are_conversations_need_a_template_before_they_are_read(
+    tmp_path: Path,
+) -> None:
+    texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    check_presence(config_of(tmp_path, texts), is_prepared=False)
+    with pytest.raises(DataError, match=r"rows are conversations \(so is the first one of .*rows"):
+        check_presence(config_of(tmp_path, [PAIR]), is_prepared=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.prepare.build.split_files import SplitFiles, SplitWriter, memory_map
+from toolkit.data.prepare.build.split_files import SplitFiles, SplitWriter, bounds_of, memory_map
 from toolkit.data.tokens.prepared import SplitInfo
 from toolkit.data.tokens.units import MISMATCHED
 
@@ -23,8 +23,7 @@ def write_completions(source: SplitFiles, output: Path) -> dict[str, SplitInfo]:
     completion, in turn. Returns nothing where there is one row alone."""
     tokens = memory_map(source.path("bin"), source.dtype)
     mask = memory_map(source.path("mask"), "uint8")
-    starts = memory_map(source.path("idx"), "uint64").astype(np.int64)
-    bounds = np.append(starts, len(tokens)).tolist()
+    starts = memory_map(source.path("idx"), "uint64")
     num_units = len(starts) // 2
     if num_units < 2:
         return {}
@@ -35,8 +34,8 @@ def write_completions(source: SplitFiles, output: Path) -> dict[str, SplitInfo]:
     position = 0
     for unit in range(num_units):
         other = (unit + 1) % num_units
-        prompt, answer, end = bounds[2 * unit : 2 * unit + 3]
-        first, last = bounds[2 * other + 1 : 2 * other + 3]
+        prompt, answer, end = bounds_of(starts, len(tokens), 2 * unit, 3)
+        first, last = bounds_of(starts, len(tokens), 2 * other + 1, 2)
         begins += [position, position + end - prompt]
         position += end - prompt + answer - prompt + last - first
         ids += [tokens[prompt:end], tokens[prompt:answer], tokens[first:last]]

@@ -154,6 +154,12 @@ def memory_map(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
 
 
+def bounds_of(starts: np.ndarray, num_tokens: int, first: int, count: int) -> list[int]:
+    """`count` places where documents start or end, from the start of document `first` on."""
+    found: list[int] = starts[first : first + count].tolist()
+    return [*found, num_tokens] if len(found) < count else found
+
+
 def copy_documents(
     source: SplitFiles, outputs: Sequence[SplitWriter], choose: Chooser, advance: Advance
 ) -> None:

@@ -246,7 +246,8 @@ class _SplitCheck:
         most = {None: 1, "pair": REJECTED, "binary": MISMATCHED}[self._found.unit]
         targets, others = int(counts[1:].sum()), int(counts[most + 1 :].sum())
         if others:
-            self._problem("mask", f"{others:,} of its numbers are not 0 to {most}")
+            may = "neither 0 nor 1" if most == 1 else f"not 0 to {most}"
+            self._problem("mask", f"{others:,} of its numbers are {may}")
         if targets != self._info.num_targets:
             there = self._info.num_targets or 0
             self._problem("mask", f"has {targets:,} targets, {MANIFEST_NAME} says {there:,}")

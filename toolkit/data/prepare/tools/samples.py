@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from toolkit.data.prepare.build.split_files import bounds_of
 from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
 from toolkit.data.prepare.tools.report import Sample
 from toolkit.data.tokens.units import (
@@ -22,10 +23,9 @@ def wrong_units(ids: np.ndarray, starts: np.ndarray, mask: np.ndarray, unit: Uni
     """Units whose documents begin with different prompts, or whose masks hold other kinds of
     targets than their places in the unit say."""
     wrong = []
-    bounds = np.append(starts, len(ids)).astype(np.int64).tolist()
     wanted = ({CHOSEN}, {REJECTED}) if unit == "pair" else ({CHOSEN, REJECTED}, {MISMATCHED})
     for number in range(len(starts) // DOCUMENTS):
-        first, middle, end = bounds[DOCUMENTS * number : DOCUMENTS * number + 3]
+        first, middle, end = bounds_of(starts, len(ids), DOCUMENTS * number, 3)
         one, two = np.asarray(mask[first:middle]), np.asarray(mask[middle:end])
         prompt = min(int((one != 0).argmax()), int((two != 0).argmax()))
         kinds = [set(np.unique(side).tolist()) - {0} for side in (one, two)]
@@ -49,7 +49,7 @@ def samples_of(
     step = documents_per_unit(unit)
     numbers = sorted({turn * (len(starts) // step) // count for turn in range(count)})
     for number in (step * first + turn for first in numbers for turn in range(step)):
-        start, end = (int(n) for n in np.append(starts[number : number + 2], len(ids))[:2])
+        start, end = (int(n) for n in bounds_of(starts, len(ids), number, 2))
         first, side = start, None
         if unit is not None and mask is not None:
             targets = np.asarray(mask[start:end])
