@@ -71,7 +71,8 @@ def load_causal_lm(
 ) -> Any:
     """The model of a folder in evaluation mode, on the CPU, as one that gives `scores` or logits;
     raises CheckpointError where `transformers` cannot load it, or weights are missing, or with
-    `all_used` are left over. `plain_attention` computes attention by its formula, without fused kernels."""
+    `all_used` are left over. `plain_attention` computes attention by its formula, without fused
+    kernels."""
     with _loading(folder, "transformers cannot load it"):
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
