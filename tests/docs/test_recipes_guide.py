@@ -11,6 +11,7 @@ from tests.experiment.test_official_recipes import PUBLISHED, load
 from toolkit.cli.main import run as toolkit
 from toolkit.data.order.config import mix_names
 from toolkit.errors import EXIT_DONE
+from toolkit.wording import count
 
 GUIDE = (ROOT / "docs" / "recipes.md").read_text()
 
@@ -31,7 +32,9 @@ def test_the_table_has_the_figures_of_every_official_recipe(
         assert parameters == f"{config.model.num_parameters:,}"
         assert batch == f"{config.data_loader.global_batch_size:,}"
         duration = config.trainer.max_duration
-        assert steps == (f"{published.steps:,}" if published.steps else f"{duration.value} epochs")
+        assert steps == (
+            f"{published.steps:,}" if published.steps else count(duration.value, "epoch")
+        )
         assert float(rate) == config.train_module.optim.lr
         few, many = published.gpus
         assert gpus == (f"{few}" if few == many else f"{few} to {many}")

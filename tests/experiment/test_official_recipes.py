@@ -87,6 +87,10 @@ PUBLISHED = {
     "Llama-3.1-Tulu-3-8B-SFT": Published("llama3_8B", LLAMA, 128 * 4096, None, 5e-6, 0.0, (8, 64)),
     "SmolLM2-135M-SFT": Published("smollm2_135M", 134_515_008, 128 * 8192, None, 1e-3, 0.0, (8, 8)),
     "SmolLM2-360M-SFT": Published("smollm2_360M", 361_821_120, 128 * 8192, None, 1e-3, 0.0, (8, 8)),
+    "OLMo-2-0425-1B-DPO": Published(M1, B1, 128 * 4096, None, 2.5e-6, 0.0, (8, 8)),
+    "OLMo-2-1124-7B-DPO": Published(M7, B7, 128 * 4096, None, 8e-7, 0.0, (8, 32)),
+    "OLMo-2-1124-13B-DPO": Published(M13, B13, 128 * 4096, None, 8e-7, 0.0, (8, 32)),
+    "Llama-3.1-Tulu-3-8B-DPO": Published("llama3_8B", LLAMA, 128 * 4096, None, 5e-7, 0.0, (8, 64)),
 }
 
 
@@ -95,6 +99,8 @@ def load(name: str) -> LoadedExperiment:
     recipe, flags = f"{OFFICIAL}{name}", []
     if '"model"' not in recipe_text(recipe):
         flags = [f"--model.preset={PUBLISHED[name].preset}"]
+        if name.endswith("DPO"):  # which starts from one
+            flags.append("--train_module.objective.reference=s3://models/sft")
         if name.startswith("SmolLM2"):  # as on the hub
             flags.append("--model.max_sequence_length=8192")
     return load_experiment(recipe, flags)

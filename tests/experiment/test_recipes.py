@@ -22,8 +22,13 @@ EXPECTED = {
     "smoke", "quickstart", "gpt2_124M", "llama_271M", "llama_271M_c4", "olmo2_190M", "olmo2_1B",
     "olmoe_1B_7B", "llama3_8B", "olmo2_7B", "olmo2_32B", "llama3_70B", "qwen3_30B_A3B",
 }  # fmt: skip
-FROM_A_MODEL = {"finetune", "finetune_lora", "sft_chat", "continue_pretraining"}
+FROM_A_MODEL = {
+    "finetune", "finetune_lora", "sft_chat", "continue_pretraining", "dpo", "kto", "orpo", "simpo",
+    "reward", "distill",
+}  # fmt: skip
 """Need `--base`."""
+TEACHER = "s3://models/teacher"
+"""Is not looked for."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(name: str, base: str) -> ExperimentConfig:
-    return load_experiment(name, base=base if name in FROM_A_MODEL else None).config
+    flags = [f"--train_module.objective.teacher={TEACHER}"] if name == "distill" else []
+    return load_experiment(name, flags, base=base if name in FROM_A_MODEL else None).config
 
 
 def test_all_recipes_are_packaged() -> None:
@@ -158,8 +164,12 @@ def test_a_folder_that_is_no_model_is_no_base(tmp_path: Path) -> None:
 def test_recipes_are_listed_by_size_and_those_without_a_model_last() -> None:
     listed = [recipe for recipe in describe_recipes() if not recipe.name.startswith("official/")]
     assert listed[0].name == "smoke"
-    assert [recipe.name for recipe in listed[-4:]] == sorted(FROM_A_MODEL)
-    assert {recipe.name: recipe.needs for recipe in listed[-4:]} == {
+    last = listed[-len(FROM_A_MODEL) :]
+    assert [recipe.name for recipe in last] == sorted(FROM_A_MODEL)
+    needs = {recipe.name: recipe.needs for recipe in last}
+    for name in ("distill", "dpo", "kto", "orpo", "reward", "simpo"):
+        assert needs.pop(name) == ["--base", "download"]
+    assert needs == {
         "continue_pretraining": ["--base", "download"],
         "finetune": ["--base"],
         "finetune_lora": ["--base", "download"],

@@ -204,6 +204,9 @@ def export_hf(
     if exported.is_adapter:
         typer.echo(f'PeftModel.from_pretrained(base, "{out}") loads it')
         return
+    if exported.gives_scores:
+        typer.echo(f'AutoModelForSequenceClassification.from_pretrained("{out}") loads it')
+        return
     typer.echo(f"next: toolkit generate {out} --prompt '...'")
     typer.echo(f'  or: AutoModelForCausalLM.from_pretrained("{out}")')
 

@@ -169,7 +169,7 @@ def export_model(
     family = choose_family(source.config, source.origin.get("model_type"))
     card = card_of(
         source,
-        architecture=family.architecture,
+        architecture=family.class_of(source.config.to_transformer()),
         dtype=str(kept).removeprefix("torch."),
         merged=merged,
         only_newer=family.only_newer(source.config.to_transformer()),

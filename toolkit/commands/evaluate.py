@@ -127,6 +127,7 @@ def evaluate(
         raise ConfigError(
             f"{model.where}: not a run, so it has no validation data of its own; give --files PATH"
         )
+    _check_text(model, has_files=bool(files))
     found, settings = _on_files(model, files, notify) if files else _on_validation(model, notify)
     settings |= model.averages
     scores = [
@@ -259,6 +260,19 @@ def find_model(where: str, settings: EvalSettings) -> FoundModel:
         )
     dtype, batch_tokens = settings.dtype or dtype, settings.batch_tokens or batch_tokens
     return FoundModel(where, source, folder, reason, run, dtype, batch_tokens, settings)
+
+
+def _check_text(model: FoundModel, *, has_files: bool) -> None:
+    """Raise ConfigError where there is no text, or no model of text, to be scored."""
+    scored = model.source is not None and model.source.config.to_transformer().num_scores
+    objective = None if model.run is None else model.run.train_module.objective
+    if scored or (not has_files and objective is not None and objective.unit is not None):
+        what = "a reward model, not a language model" if scored else "trained on preferences"
+        advice = "" if scored else ", or give --files PATH to score text"
+        raise ConfigError(
+            f"{model.where}: {what}; its accuracy on pairs is in metrics/eval.jsonl of the run"
+            f"{advice}"
+        )
 
 
 Found = tuple[dict[str, TokenSums], dict[str, Any]]

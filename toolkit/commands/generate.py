@@ -19,7 +19,7 @@ from toolkit.commands.runs.named import folder_of
 from toolkit.data.prepare.build.stops import stop_ids
 from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.evaluate.continuation import PlainContinuation, Sampling, TransformersContinuation
 from toolkit.evaluate.prompts import Prompt, completed, read_prompts
 from toolkit.evaluate.text import Generated, TextGenerator
@@ -77,6 +77,8 @@ def open_generator(
     loaded_tokenizer = load_auto_tokenizer(found)
     place = pick_device(device)
     kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
+    if source is not None and source.config.to_transformer().num_scores is not None:
+        raise ConfigError(f"{where}: a reward model scores texts and writes none")
     if source is not None and hf_architecture(source.config) is None:
         notify(
             "no transformers class holds this model: each token computes the whole text anew, "

@@ -33,7 +33,7 @@ def describe_recipes() -> list[Recipe]:
     (`--base`) last, the others by size."""
 
     def order(recipe: Recipe) -> tuple[bool, bool, int, str]:
-        size = recipe.config.model.num_parameters
+        size = recipe.config.model.num_parameters if recipe.has_model else 0
         return recipe.name.startswith(OFFICIAL), not recipe.has_model, size, recipe.name
 
     return sorted(map(_describe, recipe_names()), key=order)

@@ -36,6 +36,7 @@ from toolkit.distributed.collectives import (
     all_to_all_rows,
     gathered,
     reduce_scattered,
+    share_of_gradient,
 )
 from toolkit.distributed.config import ContextParallelConfig, ContextStyle
 from toolkit.distributed.layout import padded_length
@@ -44,6 +45,7 @@ from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import Attention, attend
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import MoE
+from toolkit.models.log_probs import TokenValues
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_starts, take
 from toolkit.models.router import RouterSums
@@ -140,6 +142,11 @@ class _Forward:
             starts=starts,
             z_loss_multiplier=z_loss_multiplier,
         )
+        if isinstance(result, TokenValues):
+            # Every rank goes on with whole rows, alike: each has a share of their gradient.
+            values = share_of_gradient(result.values, 1.0 / rows.ranks)
+            values = rows.whole(all_gather(values[None], rows.group, dim=0), dim=1)
+            return result._replace(values=values[:, :length].clone())
         if labels is not None or self._model.head is None:
             return result
         return rows.whole(all_gather(result[None], rows.group, dim=0), dim=1)[:, :length]

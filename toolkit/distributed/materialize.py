@@ -187,6 +187,19 @@ def materialize(
     return shards
 
 
+def materialize_frozen(model: nn.Module, environment: TrainingEnvironment) -> dict[str, ShardSpec]:
+    """`materialize` for a model on the meta device that nobody trains, whose weights are loaded
+    next: it is cut like one that is trained, and by FSDP2, but not over ZeRO's ranks or stages."""
+    shards, layout = whole_specs(model), environment.layout
+    _cut(model, environment, shards)
+    device = environment.device
+    if layout.is_fsdp:
+        shard_fully(model, environment)
+        device = torch.device("cpu") if layout.dp_config.cpu_offload else device
+    model.to_empty(device=device)
+    return shards
+
+
 def _cut(model: nn.Module, environment: TrainingEnvironment, shards: dict[str, ShardSpec]) -> None:
     """Let the ranks of each group share what is theirs to share."""
     layout = environment.layout

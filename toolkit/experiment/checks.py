@@ -26,6 +26,7 @@ from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.objectives import check_objective, check_objective_data
 from toolkit.experiment.small_data import sizes_that_fit
 from toolkit.models.config import ClassModelConfig, ModuleConfig
 from toolkit.models.parameters import (
@@ -37,7 +38,7 @@ from toolkit.models.parameters import (
 from toolkit.train.callbacks.config import TWO_AVERAGES
 from toolkit.train.config import NO_BASE, TrainerConfig, check_basic
 from toolkit.train.scheduled import check_schedules
-from toolkit.train.scores import check_metrics_in
+from toolkit.train.scores import check_metrics_in, results_of
 from toolkit.wording import count
 
 BYTE_VOCAB_SIZE = 257
@@ -97,6 +98,7 @@ def check_experiment(
         found.ask(_check_vocabulary, config)
         if layout is not None:
             found.ask(_check_parallelism, config, layout)
+        found.ask(check_objective, config, layout)
     found.ask(_check_batches, config, batch_ranks)
     found.ask(check_batch_schedules, config.data)
     if has_model and has_names:
@@ -217,7 +219,8 @@ def _check_metrics(config: ExperimentConfig) -> None:
     # Before hours of preparing; what the data has held out is looked at once it is there.
     sets = _held_out_sets(config)
     others = list(config.dataset.eval_sets)
-    check_metrics_in(dict.fromkeys([*others, *sets], True), config.trainer, others)
+    known, results = dict.fromkeys([*others, *sets], True), results_of(config.train_module)
+    check_metrics_in(known, config.trainer, others, results=results)
 
 
 def _check_averages(config: ExperimentConfig) -> None:
@@ -272,6 +275,7 @@ def check_corpus(config: ExperimentConfig, corpus: CorpusInfo, ranks: int = 1) -
                 f"trainer.{name}: {corpus.where} does not say how long an epoch is; use steps or "
                 "tokens, or give the class __len__"
             )
+    check_objective_data(config, corpus)
     if corpus.vocab_size is not None:
         require_ids(corpus.where, corpus.vocab_size, config.model.vocab_size)
     largest = max(config.data.phases, key=lambda phase: phase.batch_instances).batch_instances

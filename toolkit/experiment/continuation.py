@@ -27,7 +27,7 @@ from toolkit.models.parameters import (
 from toolkit.models.shapes import state_shapes
 from toolkit.runs.files import RUN_FILES
 from toolkit.train.adapter_base import check_adapter
-from toolkit.train.matching import change_of_training, renamed
+from toolkit.train.matching import change_of_training, renamed, without_new_head
 from toolkit.train.restoring import Start, find_start, is_inside, reached_by, usable_state
 from toolkit.train.timeline import Timeline
 
@@ -102,11 +102,15 @@ def continuation_checks(
             return
         own = is_inside(checkpoint, folder / RUN_FILES.checkpoints)
         mapping = {} if own else config.trainer.load_key_mapping
-        wanted = _weights(config, is_base=start.weights_only)
-        check_shapes(checkpoint, shapes_of(checkpoint), renamed(wanted, mapping))
+        wanted, stored = _weights(config, is_base=start.weights_only), shapes_of(checkpoint)
+        if start.weights_only:
+            wanted = without_new_head(wanted, stored)
+        check_shapes(checkpoint, stored, renamed(wanted, mapping))
         if start.base is not None:
-            weights = renamed(_weights(config, is_base=True), config.trainer.load_key_mapping)
-            check_shapes(start.base, shapes_of(start.base), weights)
+            stored = shapes_of(start.base)
+            weights = without_new_head(_weights(config, is_base=True), stored)
+            mapping = config.trainer.load_key_mapping
+            check_shapes(start.base, stored, renamed(weights, mapping))
 
     checks = [
         lambda: check_adapter(checkpoint, metadata, lora, weights_only=start.weights_only),

@@ -41,6 +41,7 @@ from toolkit.experiment.aliases import ALIASES, implied, our_path, our_value, wi
 from toolkit.experiment.checks import LOADING, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load_checks import check_load_path
+from toolkit.experiment.objectives import give_scores
 from toolkit.experiment.python_config import call_build_config, is_python_config
 from toolkit.experiment.recorded import stored_config
 from toolkit.experiment.sources import (
@@ -122,6 +123,8 @@ def load_experiment(
     loading.apply_flags(overrides, shorthands or {})
     loading.found.ask(name_own_data, loading.layers, before, overrides)
     has_model = "model" in loading.layers.data
+    if has_model:
+        give_scores(loading.layers)
     if not has_model:
         if not (base is not None and loading.found.errors) and not loading.refuses("model"):
             loading.found.add(ConfigError(without_model(source, data)))

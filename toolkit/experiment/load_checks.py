@@ -20,13 +20,13 @@ def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool =
     from there: whether a local one holds a checkpoint if it must, and of which model."""
     trainer, adapts = config.trainer, config.train_module.lora is not None
     path = trainer.load_path
-    if _newest(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
+    if newest_saved(folder) or (trainer.callbacks.checkpointer.upload_to and is_run(folder)):
         return  # the run goes on from there
     check_load_options(config)
     if path is None or is_url(path) or (trainer.load_strategy == "never" and not adapts):
         return
     place = Path(path).expanduser()
-    newest = _newest(place)
+    newest = newest_saved(place)
     if newest is None:
         if trainer.load_strategy != "if_available" or adapts:
             raise CheckpointError(no_checkpoint(path))
@@ -42,7 +42,7 @@ def check_load_path(config: ExperimentConfig, folder: Path, *, has_model: bool =
         check_model(newest, saved, asked, weights_only=adapts or trainer.load_weights_only)
 
 
-def _newest(path: Path) -> Path | None:
+def newest_saved(path: Path) -> Path | None:
     """The newest committed checkpoint meant by `path`; its files are not looked at."""
     if (path / METADATA_FILE).is_file():
         return path

@@ -15,10 +15,11 @@ _FREE_MODEL_FIELDS = frozenset(
         "mtp_loss_multiplier", "moe.load_balancing_multiplier", "moe.router_z_loss_multiplier",
     }
 )  # fmt: skip
-# Longer context from the same weights: a new run may change these. Shapes are checked on loading.
+# Longer context from the same weights, and a head of scores: a new run may change these. Shapes are
+# checked on loading.
 _FREE_FOR_WEIGHTS = _FREE_MODEL_FIELDS | {
     "rope_theta", "rope_scaling", "sliding_rope_theta", "max_sequence_length", "num_mtp_layers",
-    "moe.bias_update_rate",
+    "moe.bias_update_rate", "num_scores",
 }  # fmt: skip
 _MOE_DEFAULTS = {
     field.name: msgspec.to_builtins(field.default)

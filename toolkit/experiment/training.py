@@ -43,7 +43,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.registry import is_run, resolve_run_folder, start_run
 from toolkit.train.progress import nothing_left
 from toolkit.train.run_config import log_config
-from toolkit.train.scores import check_metrics
+from toolkit.train.scores import check_metrics, results_of
 from toolkit.train.telling import log_opening
 from toolkit.train.trainer import Trainer
 
@@ -70,7 +70,7 @@ class Training:
             vocab_size=config.model.vocab_size,
             corpus=self.corpus,
         )
-        check_metrics(config.trainer, evaluation)
+        check_metrics(config.trainer, evaluation, results=results_of(config.train_module))
         downstream = config.trainer.callbacks.downstream_evaluator
         if downstream.is_wanted:
             named("toolkit.evaluate.tasks.names:check_names")(downstream.tasks)

@@ -32,7 +32,7 @@ def hf_architecture(config: ModelConfig, model_type: str | None = None) -> str |
     """The `transformers` class that computes what this model computes; None where there is none.
     `model_type`: see `choose_family`."""
     try:
-        return choose_family(config, model_type).architecture
+        return choose_family(config, model_type).class_of(config.to_transformer())
     except CheckpointError:
         return None
 
@@ -66,6 +66,8 @@ def misfits(family: Family, config: TransformerConfig) -> list[str]:
         back = TransformerConfig(**family.read_config(Settings(written)))
     except (CheckpointError, ValueError) as error:
         return [str(error), *defining_values(config)]
+    if family.can_score:  # whose head is no part of config.json's architecture
+        back = back.replace(num_scores=config.num_scores)
     return differences(config, back)
 
 

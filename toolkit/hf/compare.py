@@ -45,8 +45,11 @@ def compare_with_transformers(
     known = None if known_ids is None else torch.tensor(known_ids)
     if known is not None:
         ids = known[ids % len(known)]
-    theirs = their_logits(folder, ids, all_used=all_used, adapter=adapter)
+    scores = config.to_transformer().num_scores is not None
+    theirs = their_logits(folder, ids, all_used=all_used, adapter=adapter, scores=scores)
     ours = our_logits(config, tensors, ids, where)
+    if scores:
+        return check_logits(ours[:, -1:], theirs, where)
     if known is not None:
         ours, theirs = ours[..., known], theirs[..., known]
     return check_logits(ours, theirs, where)
@@ -79,14 +82,23 @@ def our_logits(
 
 
 def their_logits(
-    folder: Path, ids: Tensor, *, all_used: bool = False, adapter: Path | None = None
+    folder: Path,
+    ids: Tensor,
+    *,
+    all_used: bool = False,
+    adapter: Path | None = None,
+    scores: bool = False,
 ) -> Tensor:
-    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention; see
+    """Logits `(batch, seq, vocab)` by `transformers` in fp32 with plain attention, or of a model
+    that gives `scores` those of the last token, `(batch, 1, scores)`; see
     `compare_with_transformers`."""
-    model = load_causal_lm(folder, dtype=torch.float32, plain_attention=True, all_used=all_used)
+    options = {"plain_attention": True, "all_used": all_used, "scores": scores}
+    model = load_causal_lm(folder, dtype=torch.float32, **options)
     if adapter is not None:
         model = with_adapter(model, adapter)
     with quiet_transformers(), torch.no_grad():
+        if scores:  # without an id for padding, rows come one by one
+            return torch.cat([model(row[None], use_cache=False).logits[None] for row in ids])
         return model(ids, use_cache=False).logits
 
 

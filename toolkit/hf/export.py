@@ -1,4 +1,5 @@
-"""Write a model as a folder that `AutoModelForCausalLM.from_pretrained` reads.
+"""Write a model as a folder that `AutoModelForCausalLM.from_pretrained` reads, or of reward models
+`AutoModelForSequenceClassification`.
 
 Everything happens in a temporary folder beside the target, which gets its name last: after the
 files have been loaded by `transformers` and gave our logits, where that is asked for.
@@ -22,6 +23,7 @@ from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.hf import compare
 from toolkit.hf.adapter import NotForPeftError, export_adapter, merged
 from toolkit.hf.choose import choose_family, hf_architecture
+from toolkit.hf.family import SCORED
 from toolkit.hf.source import (
     ModelSource,
     adapter_base,
@@ -58,6 +60,11 @@ class Exported(NamedTuple):
     """What of the model `transformers` before 5 computes otherwise; None: nothing."""
     left_out: str | None = None
     """What of the model, without which its logits are the same, the class has no place for."""
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether it is a reward model."""
+        return self.architecture.endswith(SCORED)
 
 
 def export_hf(
@@ -108,7 +115,7 @@ def export_hf(
         ends = add_tokenizer(unfinished, tokenizer_folder, generation)
         write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
-            "architectures": [family.architecture],
+            "architectures": [family.class_of(transformer)],
             "model_type": family.model_type,
             **family.write_config(transformer),
             **{name: ends.get(name) for name in SPECIAL_IDS},
@@ -117,6 +124,7 @@ def export_hf(
             "dtype": type_name,
             # What it was called before transformers 4.56.
             "torch_dtype": type_name,
+            **_labels(transformer.num_scores),
         }
         write_json_atomic(unfinished / "config.json", settings, sync=False)
         _write_card(unfinished, card)
@@ -124,7 +132,7 @@ def export_hf(
             check(unfinished)
         return Exported(
             Path(folder),
-            family.architecture,
+            family.class_of(transformer),
             first,
             *_weight_files(unfinished),
             has_tokenizer=tokenizer_folder is not None,
@@ -233,6 +241,14 @@ def generation_of(source: ModelSource) -> dict[str, Any] | None:
     if source.hf_folder is not None:
         return read_json(source.hf_folder / GENERATION_FILE) or None
     return source.origin.get("generation_config") or None
+
+
+def _labels(number: int | None) -> dict[str, Any]:
+    """How config.json says that the head gives so many scores."""
+    if number is None:
+        return {}
+    names = {str(n): f"LABEL_{n}" for n in range(number)}
+    return {"id2label": names, "label2id": {name: int(n) for n, name in names.items()}}
 
 
 def _write_card(folder: Path, card: str | None) -> None:

@@ -16,6 +16,8 @@ from toolkit.models.shapes import state_shapes
 
 _REQUIRED: Any = object()
 _NOTED = ("drop", "noise")
+SCORED = "ForSequenceClassification"
+"""How the names of classes end whose head gives scores, at the last token."""
 
 Tensors = Sequence[Tensor]
 
@@ -193,7 +195,9 @@ class Family(NamedTuple):
     linear_block: Modules = {}  # noqa: RUF012
     """Of each block with linear attention."""
     first: Modules = {"model.embed_tokens": "embeddings.tokens"}  # noqa: RUF012 (nobody changes it)
-    last: Modules = {"model.norm": "head.norm", "lm_head": "head"}  # noqa: RUF012
+    last: Modules = {  # noqa: RUF012
+        "model.norm": "head.norm", "lm_head": "head", "score": "head.score",
+    }  # fmt: skip
     """Before and after the blocks."""
     layers: str = "model.layers"
     """What blocks are called."""
@@ -211,8 +215,18 @@ class Family(NamedTuple):
     """What modules are called in some files instead."""
     passes_over_further_layers: bool = False
     """Files may hold blocks after the last one, for multi-token prediction, which are not read."""
+    can_score: bool = True
+    """Whether there is a class `...ForSequenceClassification` too."""
     only_newer: Callable[[TransformerConfig], str | None] = lambda config: None
     """What of a model transformers 4.57 cannot compute, though 5 can; None: nothing."""
+
+    def class_of(self, config: TransformerConfig) -> str:
+        """The class of `transformers` that computes `config`: `architecture`, or the one whose head
+        gives scores."""
+        if config.num_scores is None:
+            return self.architecture
+        stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return {"Gemma3": "Gemma3Text"}.get(stem, stem) + SCORED
 
     def read_config(self, settings: Settings) -> dict[str, Any]:
         """Fields of `TransformerConfig`; raises CheckpointError for what our parts do not cover."""

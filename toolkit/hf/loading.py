@@ -62,15 +62,22 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
 
 
 def load_causal_lm(
-    folder: Path, *, dtype: "torch.dtype", plain_attention: bool = False, all_used: bool = False
+    folder: Path,
+    *,
+    dtype: "torch.dtype",
+    plain_attention: bool = False,
+    all_used: bool = False,
+    scores: bool = False,
 ) -> Any:
-    """The model of a folder in evaluation mode, on the CPU; raises CheckpointError where
-    `transformers` cannot load it, or weights are missing, or with `all_used` are left over.
-    `plain_attention` computes attention by its formula, without fused kernels."""
+    """The model of a folder in evaluation mode, on the CPU, as one that gives `scores` or logits;
+    raises CheckpointError where `transformers` cannot load it, or weights are missing, or with
+    `all_used` are left over. `plain_attention` computes attention by its formula, without fused
+    kernels."""
     with _loading(folder, "transformers cannot load it"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="eager" if plain_attention else None,

@@ -38,6 +38,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     has_tokenizer: bool = False
     has_chat_template: bool = False
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether it is a reward model."""
+        return self.model.get("Architecture", "").endswith("ForSequenceClassification")
+
 
 def render_card(card: ModelCard) -> str:
     """The card as Markdown, with the front matter that the hub reads."""
@@ -45,7 +50,7 @@ def render_card(card: ModelCard) -> str:
 
     front = ModelCardData(
         library_name="peft" if card.is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if card.gives_scores else "text-generation",
         base_model=card.base_model,
         license=card.license,
         license_name=card.license_name,
@@ -75,14 +80,15 @@ def _table(heading: str, rows: dict[str, str]) -> str:
 
 
 def _snippet(card: ModelCard) -> str:
-    imports = "from transformers import AutoModelForCausalLM"
-    loading = "model = AutoModelForCausalLM.from_pretrained(folder)"
+    kind = "AutoModelForSequenceClassification" if card.gives_scores else "AutoModelForCausalLM"
+    imports = f"from transformers import {kind}"
+    loading = f"model = {kind}.from_pretrained(folder)"
     if card.has_tokenizer:
         imports += ", AutoTokenizer"
     if card.is_adapter:
         imports += "\nfrom peft import PeftModel"
         base = card.base_model or "BASE"
-        loading = f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        loading = f"base = {kind}.from_pretrained({base!r})\n"
         loading += "model = PeftModel.from_pretrained(base, folder)"
     lines = [imports, "", 'folder = "path/to/this/folder"', loading]
     if not card.has_tokenizer:
@@ -96,5 +102,7 @@ def _snippet(card: ModelCard) -> str:
             ")",
         ]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", *inputs]
+    if card.gives_scores:
+        return "\n".join([*lines, "print(model(**inputs).logits)"])
     lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
     return "\n".join(lines)

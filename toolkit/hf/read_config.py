@@ -10,7 +10,7 @@ import msgspec
 from toolkit.data.prepare.tokenizers.backend import check_small_files
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
-from toolkit.hf.family import Family, Settings
+from toolkit.hf.family import SCORED, Family, Settings
 from toolkit.hf.loading import quiet_transformers
 from toolkit.models.config import TransformerConfig, check_sizes
 from toolkit.storage.foreign import guard, read_bytes, reason_of
@@ -22,6 +22,9 @@ _NOT_OF_THE_MODEL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"
 """Every config class names these; they are about generation and tokenizers."""
 _BEYOND_THE_CLASS = {"head_dim"}
 """Modelling code looks for these also where its config class does not define them."""
+
+DEFAULT_LABELS = 2
+"""Scores that `transformers` gives where config.json does not say how many."""
 
 _SIZES = {
     "vocab_size": ("vocab_size",),
@@ -72,6 +75,7 @@ def _read(raw: dict[str, Any]) -> HFModel:
     with guard("config.json", CheckpointError, problem=not_built):
         fields = family.read_config(settings)
     settings.check_all_taken(meaningful)
+    fields |= _scores(raw)
     try:
         # Back and forth: a struct checks types only where it is made of builtin values.
         config = TransformerConfig(**fields)
@@ -79,6 +83,17 @@ def _read(raw: dict[str, Any]) -> HFModel:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: {not_built}: {error}") from None
     return HFModel(family, config, tuple(settings.notes))
+
+
+def _scores(raw: dict[str, Any]) -> dict[str, int]:
+    """The head of a class that gives scores."""
+    classes = raw.get("architectures")
+    if not (isinstance(classes, list) and classes and str(classes[0]).endswith(SCORED)):
+        return {}
+    labels, number = raw.get("id2label"), raw.get("num_labels")
+    if isinstance(number, int):
+        return {"num_scores": number}
+    return {"num_scores": len(labels) if isinstance(labels, dict) else DEFAULT_LABELS}
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -318,6 +318,9 @@ class Architecture(Config, frozen=True, kw_only=True):
     """Biases in feed-forwards; default: `bias`. Experts have none."""
     tie_embeddings: bool = False
     """Share the embedding with the output head."""
+    num_scores: int | None = None
+    """Scores that the head gives each token, by a linear layer without bias, in the place of logits
+    over the vocabulary (a reward model has 1); null: it is a language model."""
     init_std: float = 0.02
     """Standard deviation of initial weights (normal, cut at 3 std)."""
     init_scale_residual: bool = False

@@ -107,8 +107,8 @@ class TransformerConfig(
             "num_key_value_heads", "head_dim", "intermediate_size", "max_sequence_length",
             "norm_eps", "rope_theta", "sliding_rope_theta", "rotary_fraction", "sliding_window",
             "attention_scale", "attention_soft_cap", "logit_soft_cap", "embedding_scale",
-            "residual_scale", "logit_scale", "clip_qkv",
-            "init_std", "loss_chunk_size",
+            "residual_scale", "logit_scale", "clip_qkv", "init_std", "loss_chunk_size",
+            "num_scores",
         )  # fmt: skip
         check_not_negative(self, "num_mtp_layers", "mtp_loss_multiplier")
         sizes = {name: getattr(self, name) for name in LARGEST if name != "num_experts"}
@@ -202,7 +202,7 @@ _GPT_NAMES = {
     "num_layers": "n_layer", "num_heads": "n_head", "intermediate_size": "n_inner",
     "max_sequence_length": "n_positions", "norm_eps": "layer_norm_epsilon", "bias": "bias",
     "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
-    "loss_chunk_size": "loss_chunk_size",
+    "loss_chunk_size": "loss_chunk_size", "num_scores": "num_scores",
 }  # fmt: skip
 """Our name of a field -> GPT-2's."""
 
@@ -230,6 +230,9 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
     """Biases in linear layers and layer norms (GPT-2 has them)."""
     tie_word_embeddings: bool = True
     """Share the embedding with the output head (GPT-2 does)."""
+    num_scores: int | None = None
+    """Scores that the head gives each token in the place of logits (a reward model has 1); null: it
+    is a language model."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights (normal, cut at 3 std); projections into the residual
     stream get this / sqrt(2 * n_layer)."""
@@ -241,6 +244,7 @@ class GPTConfig(_Counts, Config, frozen=True, kw_only=True, tag_field="type", ta
         check_positive(
             self, "vocab_size", "vocab_multiple", "n_positions", "n_embd", "n_layer", "n_head",
             "n_inner", "layer_norm_epsilon", "initializer_range", "loss_chunk_size",
+            "num_scores",
         )  # fmt: skip
         sizes = {ours: getattr(self, own) for ours, own in _GPT_NAMES.items() if ours in LARGEST}
         check_sizes(sizes, _GPT_NAMES)

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
+from toolkit.models.log_probs import TokenValues
 from toolkit.models.loss import (
     IGNORE_INDEX,
     LinearCrossEntropy,
@@ -14,7 +16,7 @@ from toolkit.models.loss import (
     MTPSums,
     soft_capped,
 )
-from toolkit.models.norms import build_norm
+from toolkit.models.norms import build_norm, widened
 
 
 class Embeddings(nn.Module):
@@ -67,7 +69,10 @@ class Head(nn.Module):
         self.mtp_loss_multiplier = config.mtp_loss_multiplier
         self.norm: nn.Module
         self.weight: nn.Parameter | None = None
-        if not config.tie_embeddings:
+        self.score: nn.Linear | None = None
+        if config.num_scores is not None:
+            self.score = nn.Linear(config.d_model, config.num_scores, bias=False)
+        elif not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.scale: nn.Parameter | None = None
         if config.is_normalized:
@@ -90,24 +95,27 @@ class Head(nn.Module):
         *,
         z_loss_multiplier: float = 0.0,
         further: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] | None = None,
-    ) -> Tensor | LossSums:
-        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to sums.
+    ) -> Any:
+        """`(batch, seq, d_model)` to logits `(batch, seq, vocab_size)`, or with labels to what
+        `loss` makes of them. A head that scores gives `(batch, seq, num_scores)`, with labels the
+        first score of each token as `TokenValues`.
 
         `further`, from the normed `x`: hidden states with their labels, of which this head predicts
         too; see `toolkit.models.mtp`.
         """
+        normed = self.norm(x)
+        if self.score is not None:
+            scores = self.score(normed)
+            return scores if labels is None else TokenValues(widened(scores[..., 0]).clone())
         weight = tied_weight if self.weight is None else self.weight
         assert weight is not None
         if self.token_rows is not None:
             weight = self.token_rows(weight)
-        normed = self.norm(x)
         hidden = self._scaled(normed)
         if self.scale is not None:  # of the logits, which nobody has to write out for it
             weight = weight * (self.scale.to(weight.dtype) * self.scale_factor)[:, None]
         if labels is not None:
-            sums = self.loss(
-                hidden.flatten(0, 1), weight, labels.flatten(), z_loss_multiplier=z_loss_multiplier
-            )
+            sums = self.loss(hidden, weight, labels, z_loss_multiplier=z_loss_multiplier)
             return sums if further is None else self._with(sums, weight, list(further(normed)))
         logits = self.project(hidden, weight)[..., : self.vocab_size]
         return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)

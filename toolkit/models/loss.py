@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import liger_function, loss_kernel
 from toolkit.models.loss_kernels import has_one_softmax, softmax_loss_chunk
 from toolkit.models.norms import widened
-from toolkit.models.router import RouterSums
+from toolkit.models.router import RouterSums, router_loss
 from toolkit.models.shapes import loss_chunk_rows
 from toolkit.models.weight_gradient import add_product
 
@@ -74,6 +75,9 @@ class LossSums(NamedTuple):
     mtp: MTPSums | None = None
     """Of multi-token prediction in training. Its loss is part of `loss`."""
 
+    def with_router(self, sums: RouterSums, moe: MoEConfig) -> "LossSums":
+        return self._replace(loss=self.loss + router_loss(sums, moe), router=sums.detached())
+
 
 class VocabularyShard(NamedTuple):
     """The rows of the head that a rank has, where each of several has some."""
@@ -103,7 +107,8 @@ class LinearCrossEntropy(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss_multiplier: float = 0.0
     ) -> LossSums:
-        """See `chunked_linear_cross_entropy`."""
+        """See `chunked_linear_cross_entropy`; any number of dimensions before the last."""
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
         trains = torch.is_grad_enabled() and weight.requires_grad
         kernel = loss_kernel(
             hidden.device.type,

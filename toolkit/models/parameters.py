@@ -14,7 +14,15 @@ from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
 from toolkit.models.config import LoRAConfig
-from toolkit.models.shapes import MTP_PREFIX, Shape, mixing_flops, used_weights, whole_model
+from toolkit.models.shapes import (
+    MTP_PREFIX,
+    SCORE,
+    Shape,
+    head_flops_per_token,
+    mixing_flops,
+    used_weights,
+    whole_model,
+)
 from toolkit.models.shapes import flops_per_token as flops_of_all
 from toolkit.wording import count, prefixed
 
@@ -270,8 +278,9 @@ def flops_per_token(
     lowest = min((_first_block(name, model.num_layers) for name in trained), default=0)
     head = TOKENS if model.tie_embeddings else "head"
     own = {f"{head}.{kind}" for kind in ("weight", "token_rows.weight", "lora_B.weight")}
+    own = own if model.num_scores is None else {SCORE}
     if not own & trained or trained == {"head.weight"}:
-        total -= 2 * model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
+        total -= head_flops_per_token(model) // 3 * (1 + model.num_mtp_layers)
     for name, info in infos.items():
         block = _BLOCK.match(name)
         if not (block or name.startswith(MTP_PREFIX)) or len(info.shape) < 2:

@@ -14,6 +14,9 @@ from toolkit.models.architecture import Architecture, DeltaNetConfig
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
 
+SCORE = "head.score.weight"
+"""The parameter of a head that gives scores."""
+
 CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES = 32 << 20
 LEAST_CHUNK_ROWS = 256
@@ -106,7 +109,7 @@ def flops_per_token(model: Architecture, sequence_length: int) -> int:
     Each module for multi-token prediction counts as a block with its projection and another output
     head.
     """
-    matrices = model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
+    matrices = (_head_columns(model) + model.vocab_size * model.num_mtp_layers) * model.d_model
     for kind, number in Counter(_kinds(model)).items():
         matrices += number * _multiplied(model, _block(model, kind))
     for number in range(model.num_mtp_layers):
@@ -129,7 +132,7 @@ def block_flops_per_token(model: Architecture, layer: int, sequence_length: int)
 
 def head_flops_per_token(model: Architecture) -> int:
     """What the output head adds to `flops_per_token`."""
-    return 6 * model.vocab_size * model.d_model
+    return 6 * _head_columns(model) * model.d_model
 
 
 def mixing_flops(model: Architecture, layer: int, sequence_length: int) -> int:
@@ -152,6 +155,10 @@ def attended_keys(model: Architecture, layer: int, sequence_length: int) -> int:
     return window * (window + 1) // 2 + (sequence_length - window) * window
 
 
+def _head_columns(model: Architecture) -> int:
+    return model.num_scores or model.vocab_size
+
+
 def _embeddings(model: Architecture) -> Iterator[Named]:
     yield "embeddings.tokens.weight", (model.padded_vocab_size, model.d_model)
     if model.positions == "learned":
@@ -159,7 +166,9 @@ def _embeddings(model: Architecture) -> Iterator[Named]:
 
 
 def _head(model: Architecture) -> Iterator[Named]:
-    if not model.tie_embeddings:
+    if model.num_scores is not None:
+        yield SCORE, (model.num_scores, model.d_model)
+    elif not model.tie_embeddings:
         yield "head.weight", (model.padded_vocab_size, model.d_model)
     if model.is_normalized:
         yield "head.scale", (model.padded_vocab_size,)

@@ -27,7 +27,7 @@ from toolkit.models.mtp import MTPLayer, ahead
 from toolkit.models.normalized import NormalizedFeedForward, SphereStep
 from toolkit.models.norms import build_norm
 from toolkit.models.rope import RotaryTable, rotary_table
-from toolkit.models.router import RouterSums, combine_layers, router_loss
+from toolkit.models.router import RouterSums, combine_layers
 
 
 class Block(nn.Module):
@@ -271,8 +271,7 @@ class Transformer(nn.Module):
         result = self.head(x, labels, tied, z_loss_multiplier=z_loss_multiplier, further=further)
         if config.moe is not None and routers:
             router = combine_layers(routers, config.num_routers)
-            loss = result.loss + router_loss(router, config.moe)
-            result = result._replace(loss=loss, router=router.detached())
+            result = result.with_router(router, config.moe)
         return result
 
     def _predict_further(

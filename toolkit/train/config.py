@@ -24,6 +24,7 @@ from toolkit.models.config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 from toolkit.train.callbacks.config import CallbacksConfig
+from toolkit.train.preference.config import Objective
 
 Unit = Literal["steps", "tokens", "epochs"]
 
@@ -106,6 +107,9 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     lora: LoRAConfig | None = None
     """Train low-rank adapters on the model in `trainer.load_path`, of which the weights alone are
     taken, and keep their values; null: train the weights."""
+    objective: Objective | None = None
+    """What is trained for, other than the next token: `dpo`, `kto`, `orpo`, `simpo`, `reward` or
+    `distill`; null: the next token."""
     max_consecutive_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     target: str | None = None
@@ -137,6 +141,11 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
                 f"compile_mode: {self.compile_mode} records CUDA graphs, which do not go with "
                 "activation_offload; use max-autotune-no-cudagraphs"
             )
+        if self.objective is not None and self.target is not None:
+            raise ValueError("objective does not go with a train module of your own (type)")
+        if self.objective is not None and self.z_loss_multiplier is not None:
+            problem = "z_loss_multiplier belongs to the cross entropy of language models"
+            raise ValueError(f"{problem}, not to objective; leave one of them out")
         selects = self.ac_config is not None and self.ac_config.mode == "selected_ops"
         if pipeline and self.activation_offload:
             problem = "activation_offload does not go with pp_config"
@@ -166,7 +175,9 @@ class TransformerTrainModuleConfig(Config, kw_only=True):
     def build(self, model: Any, **context: Any) -> Any:
         """The `TransformerTrainModule` of `model`, which is usually on the meta device."""
         if self.target is None:
-            return named("toolkit.train.transformer:TransformerTrainModule")(self, model, **context)
+            ours = "toolkit.train.transformer:TransformerTrainModule"
+            name = ours if self.objective is None else self.objective.module
+            return named(name)(self, model, **context)
         return self.own_class(any_model=True)(self, model, **context, **self.options)
 
     def own_class(self, *, any_model: bool = False) -> Any:
@@ -185,7 +196,7 @@ def check_basic(config: TransformerTrainModuleConfig, engine: str) -> None:
             f"a model of your own trains with {' or '.join(ENGINES)}, not {engine}",
             key="train_module.dp_config",
         )
-    of_language_models = ("lora", "z_loss_multiplier", "ac_config", "float8_config")
+    of_language_models = ("lora", "objective", "z_loss_multiplier", "ac_config", "float8_config")
     given = [name for name in of_language_models if getattr(config, name) is not None]
     switches = ("compile_model", "activation_offload")
     given += [name for name in switches if getattr(config, name) is True]

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from toolkit.checkpoint.folder import MODEL_PREFIX
 from toolkit.errors import ConfigError
+from toolkit.models.shapes import SCORE
 from toolkit.wording import count
 
 Value = TypeVar("Value")
@@ -33,6 +35,13 @@ def renamed(tensors: dict[str, Value], mapping: Mapping[str, str]) -> dict[str, 
             raise ConfigError(f"{pattern!r} gives two tensors one name", key=_KEY)
         result = {changed[key]: tensor for key, tensor in result.items()}
     return result
+
+
+def without_new_head(tensors: Mapping[str, Value], stored: Collection[str]) -> dict[str, Value]:
+    """`tensors` to be filled from a checkpoint that has the names `stored`, less the head of scores
+    where that is of a language model: it is new, and keeps its initial values."""
+    key = f"{MODEL_PREFIX}{SCORE}"
+    return {name: value for name, value in tensors.items() if name != key or key in stored}
 
 
 def _rename(key: str, expression: re.Pattern[str], replacement: str) -> str:

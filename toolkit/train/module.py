@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ class TrainModule(ABC):
     environment: TrainingEnvironment
     is_language_model = True
     """Whether checkpoints can be exported for transformers, where it has such a class."""
+    has_perplexity = True
+    """Whether the exponential of the loss is a perplexity."""
     progress: Progress | None = None
     """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any
@@ -67,6 +69,14 @@ class TrainModule(ABC):
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         """Update the weights from the gradients and clear them. The metrics include "lr",
         "grad_norm" and "skipped" (1.0: not finite, weights untouched)."""
+
+    def before_training(self, state: Any) -> None:  # noqa: B027 (most prepare nothing)
+        """Called once when the weights are those that training starts with; `state` is the
+        `TrainState`. Every rank calls it. It may end early where `state.should_stop()`."""
+
+    def begin_evaluation(self, name: str, batches: Iterable[Batch]) -> None:  # noqa: B027
+        """Called before the batches of the evaluation set `name` come to `eval_batch`. Every rank
+        calls it."""
 
     @abstractmethod
     def eval_batch(self, batch: Batch) -> EvalSums:

@@ -20,12 +20,19 @@ from toolkit.checkpoint.folder import MODEL_PREFIX, read_metadata, saved_steps
 from toolkit.checkpoint.load import load_checkpoint, load_weights, shapes_of
 from toolkit.checkpoint.remote import download_newest
 from toolkit.checkpoint.together import run_together
+from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import CheckpointError
+from toolkit.models.shapes import SCORE
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
 from toolkit.train.adapter_base import check_adapter, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
-from toolkit.train.matching import change_of_training, renamed, without_new_moments
+from toolkit.train.matching import (
+    change_of_training,
+    renamed,
+    without_new_head,
+    without_new_moments,
+)
 from toolkit.train.progress import no_checkpoint, none_saved, reached_step, refusal, set_run_aside
 from toolkit.train.run_config import log_python_config
 from toolkit.train.state import TrainState
@@ -191,7 +198,7 @@ def _load(state: TrainState, start: Start, *, mapping: Mapping[str, str]) -> Non
                 _set_rng_state(saved["rng"])
         module.origin = metadata.extra.get("source")
     elif not base_weights:
-        tensors = renamed(module.state_tensors(), mapping)
+        tensors = renamed(_known(module.state_tensors(), checkpoint, environment), mapping)
         weights = {key: t for key, t in tensors.items() if key.startswith(MODEL_PREFIX)}
         load_weights(checkpoint, weights, group)
         module.origin = read_metadata(checkpoint).extra.get("source")
@@ -217,19 +224,33 @@ def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]
     assert base is not None, "adapters are loaded with their base"
     module = state.train_module
     check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
+    weights = _known(weights, base, state.environment)
     # Of all at once: a pattern that changes no name is an error, and may change those of one part.
     stored = renamed(dict(zip(weights, weights, strict=True)), state.config.load_key_mapping)
     new_name = {own: new for new, own in stored.items()}
 
     def read(part: dict[str, torch.Tensor]) -> None:
         # Under no name here, which would keep a part alive beside the next.
-        load_weights(base, {new_name[n]: t for n, t in part.items()}, state.environment.cpu_group)
+        known = {new_name[n]: t for n, t in part.items() if n in new_name}
+        load_weights(base, known, state.environment.cpu_group)
 
     for part in module.base_parts():
         read(part)
     if start.weights_only:
         module.fill_from_base(read)
     module.base = describe_base(base)
+
+
+def _known(
+    tensors: dict[str, torch.Tensor], checkpoint: Path | str, environment: TrainingEnvironment
+) -> dict[str, torch.Tensor]:
+    """What is there to be loaded of a checkpoint for the sake of its weights."""
+    if f"{MODEL_PREFIX}{SCORE}" not in tensors:
+        return tensors
+    known = without_new_head(tensors, shapes_of(checkpoint))
+    if len(known) < len(tensors) and environment.is_main:
+        log.info("%s: is not in %s, and begins with initial values", SCORE, checkpoint)
+    return known
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

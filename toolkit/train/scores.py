@@ -2,15 +2,17 @@
 `checkpointer.best_metric` compares and `early_stopping.metric` watches."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.data.corpus_info import VAL
 from toolkit.errors import ConfigError
-from toolkit.train.config import TrainerConfig
+from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 
 _CALLBACKS = "trainer.callbacks"
-_NOT_SCORES = ("step", "tokens", "time", "seconds", "num_targets", "num_documents")
+_NOT_SCORES = (
+    "step", "tokens", "time", "seconds", "num_targets", "num_units", "num_documents",
+)  # fmt: skip
 
 
 class Asked(NamedTuple):
@@ -54,14 +56,24 @@ def asked_results(config: TrainerConfig) -> Iterator[Asked]:
         yield Asked(stopping.metric, key, key)
 
 
+def results_of(module: TransformerTrainModuleConfig) -> Sequence[str] | None:
+    """What an evaluation of preference data gives; None: of a language model."""
+    objective = module.objective
+    return None if objective is None or objective.unit is None else ("loss", *objective.results)
+
+
 def check_metrics(
-    config: TrainerConfig, loaders: Mapping[str, Any], *, has_own_parts: bool = False
+    config: TrainerConfig,
+    loaders: Mapping[str, Any],
+    *,
+    has_own_parts: bool = False,
+    results: Sequence[str] | None = None,
 ) -> None:
     """Raise ConfigError where no evaluation gives what a setting names, with `loaders` for
     `lm_evaluator`. `has_own_parts`: there are callbacks that `config` does not know of."""
     known = {name: bool(loader.bytes_per_token) for name, loader in loaders.items()}
     others = [name for name, loader in loaders.items() if not loader.is_held_out]
-    check_metrics_in(known, config, others, has_own_parts=has_own_parts)
+    check_metrics_in(known, config, others, has_own_parts=has_own_parts, results=results)
 
 
 def check_metrics_in(
@@ -70,10 +82,11 @@ def check_metrics_in(
     others: Collection[str] = (),
     *,
     has_own_parts: bool = False,
+    results: Sequence[str] | None = None,
 ) -> None:
     """The same by the names of the sets, and whether the bytes of their text are known; `others`
-    were not held out of the training data. What callbacks of the user record is not known before:
-    with one of them any name may come."""
+    were not held out of the training data. `results`: see `results_of`. What callbacks of the user
+    record is not known before: with one of them any name may come."""
     callbacks = config.callbacks
     has_own = has_own_parts or any(own.enabled for own in callbacks.custom.values())
     tasks: list[str] = []
@@ -81,7 +94,7 @@ def check_metrics_in(
     if not config.no_evals and callbacks.downstream_evaluator.is_wanted:
         tasks = callbacks.downstream_evaluator.evaluations
     if not config.no_evals and callbacks.lm_evaluator.enabled:
-        sets = _results_of_sets(knows_bytes, others)
+        sets = _results_of_sets(knows_bytes, others, results)
     ema = callbacks.ema
     suffixes = ["", *(ema.suffixes if ema.enabled and ema.evaluate == "also" else [])]
     names = [f"{name}{suffix}/{key}" for suffix in suffixes for name, key in sets]
@@ -116,7 +129,7 @@ def check_result(config: TrainerConfig, name: str, values: Mapping[str, Any]) ->
 
 
 def _results_of_sets(
-    knows_bytes: Mapping[str, bool], others: Collection[str]
+    knows_bytes: Mapping[str, bool], others: Collection[str], results: Sequence[str] | None
 ) -> list[tuple[str, str]]:
     """Name and result, of each that `lm_evaluator` gives."""
     held_out = [known for name, known in knows_bytes.items() if name not in others]
@@ -125,7 +138,7 @@ def _results_of_sets(
     return [
         (name, key)
         for name, has_bytes in knows_bytes.items()
-        for key in ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
+        for key in results or ("loss", "ppl", *(["bits_per_byte"] if has_bytes else []))
     ]
 
 

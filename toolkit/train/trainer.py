@@ -154,6 +154,8 @@ class Trainer:
             self._open_metrics(resumed=bool(self._restored))
             watchdog = start_watchdog(state, peers)
             with listening(state):
+                state.heartbeat.beat("preparing", state.step, is_slow=True)
+                state.train_module.before_training(state)
                 self._call("pre_train")
                 reason = self._loop()
                 if not stop.is_agreed:
@@ -310,7 +312,8 @@ class Trainer:
             return
         if stream == "train":
             for record in records:
-                record["ppl"] = math.exp(min(record["loss"], 700.0))
+                if state.train_module.has_perplexity:
+                    record["ppl"] = math.exp(min(record["loss"], 700.0))
                 record["skipped"] = int(record["skipped"])
                 self._watch_skipped(record)
             state.last_loss = records[-1]["loss"]

@@ -26,7 +26,7 @@ from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.shards import fill_part
 from toolkit.distributed.stages import Stages
 from toolkit.distributed.tensor_parallel import share_of_model
-from toolkit.errors import ConfigError, TrainingError
+from toolkit.errors import ConfigError, DataError, TrainingError
 from toolkit.models.adapter_state import dropout_keys
 from toolkit.models.attention import Attention
 from toolkit.models.init import canonical_name, canonical_parameters, spec_of_weight
@@ -204,7 +204,7 @@ class TransformerTrainModule(EngineTrainModule):
         """The model's blocks by name; None for those that another pipeline stage holds."""
         own = {
             layer: block
-            for part in self._parts()
+            for part in self._stages()
             for layer, block in zip(part.blocks.layers, part.blocks, strict=True)
         }
         number = self.model_config.to_transformer().num_layers
@@ -271,7 +271,7 @@ class TransformerTrainModule(EngineTrainModule):
         """Of this rank's routers, by canonical name."""
         return {
             canonical_name(name): buffer
-            for part in self._parts()
+            for part in self._stages()
             for name, buffer in part.named_buffers()
             if name.endswith(SCORE_BIAS)
         }
@@ -282,7 +282,7 @@ class TransformerTrainModule(EngineTrainModule):
         layers = self.model_config.to_transformer().moe_layers
         return layers.index(int(number)) if kind == "blocks" else len(layers) + int(number)
 
-    def _parts(self) -> list[Any]:
+    def _stages(self) -> list[Any]:
         """The model, or this rank's stages of it."""
         module: Any = self.engine.module
         return module.modules_in_order() if isinstance(module, Stages) else [module]
@@ -322,6 +322,11 @@ class TransformerTrainModule(EngineTrainModule):
             )
 
     def _inputs(self, batch: Batch) -> Microbatch:
+        if "units" in batch:
+            raise DataError(
+                "the batch holds pairs or marked answers, which a language model does not learn "
+                "from; set train_module.objective"
+            )
         moved = {
             name: batch[name].to(self.environment.device, non_blocking=True)
             for name in ("input_ids", "document_ids", "label_mask")
@@ -371,17 +376,22 @@ class TransformerTrainModule(EngineTrainModule):
         }
 
     def _microbatches(self, inputs: Microbatch) -> list[Microbatch]:
-        size, length = self.config.rank_microbatch_size, inputs.input_ids.shape[1]
+        rows = self._rows_at_once(inputs.input_ids)
+        return [inputs] if rows is None else inputs.split(rows)
+
+    def _rows_at_once(self, input_ids: torch.Tensor) -> int | None:
+        """Rows of a microbatch; None: all of them."""
+        size, length = self.config.rank_microbatch_size, input_ids.shape[1]
         if size is None:
-            return [inputs]
+            return None
         if size < length:
             raise ConfigError(
                 f"train_module.rank_microbatch_size {size} is smaller than one instance of "
                 f"dataset.sequence_length {length}; use a multiple of it"
             )
-        self.config.check_graphs(inputs.input_ids.numel())
+        self.config.check_graphs(input_ids.numel())
         rows = size // length
-        return [inputs] if len(inputs.input_ids) <= rows else inputs.split(rows)
+        return None if len(input_ids) <= rows else rows
 
 
 def _parts(shapes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:

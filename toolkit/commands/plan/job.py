@@ -215,6 +215,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Devices of one machine."""
     optimizer: str = ""
     """Its type; of `FACTORED` and `QUANTISED` the state is something else than such numbers."""
+    teacher: int = 0
+    """Parameters of a model that is there besides, and not trained; 0: there is none."""
     known: dict[Any, Any] = msgspec.field(default_factory=dict)
     """What has been told already of this layout, whatever the microbatch and the checkpointing."""
 
@@ -222,6 +224,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def compute_bytes(self) -> int:
         """Of a number in the compute type."""
         return 2 if self.precision != "fp32" else FP32
+
+    @property
+    def teacher_bytes(self) -> float:
+        """Of it on one rank: FSDP shards it in fp32, other engines keep it whole in the compute
+        type."""
+        if self.layout.is_fsdp:
+            return FP32 * self.teacher / self.shard_ranks
+        return float(self.compute_bytes * self.teacher)
 
     @property
     def tokens(self) -> int:

@@ -192,6 +192,7 @@ def _fixed(job: Job, stage: Stage, rank: int) -> _Fixed:
 def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
     layout, held = job.layout, units_of(job, stage, rank)
     kept = states(job, stage, rank)
+    kept = kept._replace(weights=kept.weights + int(job.teacher_bytes))
     if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
         kept = kept._replace(gradients=FP32 * held.total.trained)
     biggest = None
@@ -271,8 +272,8 @@ def _made(job: Job, stage: Stage) -> float:
 
 
 def head_of(job: Job, stage: Stage) -> Parameter | None:
-    """The weight of the output head, where a stage has it."""
-    if not stage.has_head:
+    """The weight of the output head, where a stage has one that gives logits."""
+    if not stage.has_head or job.model.num_scores is not None:
         return None
     name = "embeddings.tokens.weight" if job.model.tie_embeddings else "head.weight"
     head = next(p for p in job.parts.outside if p.name == name)

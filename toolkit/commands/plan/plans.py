@@ -19,6 +19,7 @@ from toolkit.experiment.checks import (
     rank_microbatch_size,
 )
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.objectives import teacher_parameters
 from toolkit.models.parameters import quantised_layers
 
 DAY = 86_400.0
@@ -101,6 +102,7 @@ def job_of(config: ExperimentConfig, layout: Layout, target: Target) -> Job:
         device=target.device,
         machine=target.machine,
         optimizer=type_of(module.optim),
+        teacher=teacher_parameters(config),
     )
 
 

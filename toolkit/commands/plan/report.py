@@ -139,9 +139,10 @@ def _memory(plan: Plan) -> list[str]:
     memory, job = plan.memory, plan.job
     quantised = job.parts.quantised
     few = "" if quantised is None else f", base in {quantised.kind}"
+    teacher = f", {gib(job.teacher_bytes).strip()} of the teacher" if job.teacher else ""
     is_small = memory.allocated < GIB / 10
     parts = [
-        (f"weights, fp32{few}", memory.weights),
+        (f"weights, fp32{few}{teacher}", memory.weights),
         ("gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
         ("activations: residual stream and norms", memory.residual),

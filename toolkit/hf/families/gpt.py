@@ -69,7 +69,7 @@ GPT2 = Family(
         "mlp.c_proj": "feed_forward.down",
     },
     first={"transformer.wte": "embeddings.tokens", "transformer.wpe": "embeddings.positions"},
-    last={"transformer.ln_f": "head.norm", "lm_head": "head"},
+    last={"transformer.ln_f": "head.norm", "lm_head": "head", "score": "head.score"},
     layers="transformer.h",
     transposed=True,
     base_prefix="transformer.",
@@ -112,7 +112,11 @@ GPT_NEOX = Family(
     },
     first={"gpt_neox.embed_in": "embeddings.tokens"},
     # In files; since transformers 5 the module is called lm_head.
-    last={"gpt_neox.final_layer_norm": "head.norm", "embed_out": "head"},
+    last={
+        "gpt_neox.final_layer_norm": "head.norm",
+        "embed_out": "head",
+        "score": "head.score",
+    },
     layers="gpt_neox.layers",
     fuse=lambda config, rows: interleaved(config.num_heads),
     base_prefix="gpt_neox.",

@@ -193,6 +193,7 @@ MIXTRAL = Family(
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
+    can_score=False,
     parts=(
         renamed(clip_qkv="clip_qkv"),
         WHOLE_HEADS,

@@ -40,6 +40,7 @@ class LMEvaluator(Evaluator):
             state.eval_loaders,
             state.train_module.eval_batch,
             should_stop=state.should_stop,
+            begin=state.train_module.begin_evaluation,
             reduce=lambda totals: None if group is None else dist.all_reduce(totals, group=group),
         )
         if found is None:

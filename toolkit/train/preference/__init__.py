@@ -1,0 +1,1 @@
+"""Train modules that learn from preferences, and from a teacher."""
