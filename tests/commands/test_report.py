@@ -133,6 +133,20 @@ def test_the_curves_and_tables_say_what_the_metrics_say(tmp_path):
     assert "gpu0" in found.data
 
 
+def test_a_killed_attempt_is_an_interruption_after_its_last_kept_step(tmp_path):
+    folder = full(tmp_path)
+    status = json.loads((folder / RUN_FILES.status).read_text())
+    status["attempts"][0] |= {"state": "dead", "exit_reason": None, "step": 9}
+    (folder / RUN_FILES.status).write_text(json.dumps(status))
+    found = read_report([folder])
+    (gap,) = found.runs[0].throughput.gaps
+    assert gap.after_step == 2
+    assert next(iter(found.runs[0].throughput.by_reason)) == "interruptions"
+    assert gap.reason.startswith("attempt 1 ended: dead, 7 steps after the last kept one done")
+    text = html(found)
+    assert "1 to 9</td><td>7</td><td>dead</td><td>ended without a word" in text
+
+
 def test_what_runs_are_called_and_say_is_text(tmp_path):
     folder = full(tmp_path, "x", config={"run": {"name": "x"}, "description": EVIL})
     status = json.loads((folder / RUN_FILES.status).read_text())

@@ -8,7 +8,9 @@ import pytest
 
 from toolkit.errors import ConfigError, RunError, SeveralErrors
 from toolkit.experiment.load import load_experiment, load_run_config
+from toolkit.experiment.recorded import kept_origins
 from toolkit.models.presets import PRESETS
+from toolkit.runs.files import RUN_FILES
 
 
 def write(path: Path, data: dict[str, Any]) -> str:
@@ -111,6 +113,16 @@ def test_a_run_is_loaded_from_its_folder_with_overrides(tmp_path: Path) -> None:
     assert loaded.config.model == config.model
     assert loaded.origins["model.d_model"] == "run"
     assert loaded.origins["train_module.optim.lr"] == "--train_module.optim.lr=0.5"
+
+
+def test_a_resume_keeps_where_values_came_from(tmp_path: Path) -> None:
+    (tmp_path / "metadata").mkdir()
+    before = {"train_module.optim": "my.yaml", "seed": "--seed=3", "trainer.x": "recipe a"}
+    (tmp_path / RUN_FILES.origins).write_text(json.dumps(before))
+    now = {"train_module.optim.lr": "run", "train_module.optim.betas": "--b=1", "seed": "run"}
+    now |= {"model.d_model": "run", "trainer.start_anew": "--trainer.start_anew=seed"}
+    kept = {"train_module.optim.lr": "my.yaml", "train_module.optim.betas": "--b=1"}
+    assert kept_origins(now, tmp_path) == kept | {"seed": "--seed=3"}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from toolkit.experiment.checks import LOADING, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.python_config import call_build_config, is_python_config
-from toolkit.experiment.recorded import stored_config
+from toolkit.experiment.recorded import RUN_ORIGIN, stored_config
 from toolkit.experiment.sources import (
     OFFICIAL,
     longest_sequence,
@@ -173,7 +173,7 @@ def _checked_origins(written: Any, source: str) -> dict[str, str]:
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
     """Load the config a run was started with and apply the command line of a resume."""
     loading = _Loading()
-    loading.add(stored_config(run_dir), "run")
+    loading.add(stored_config(run_dir), RUN_ORIGIN)
     loading.found.raise_any()
     loading.apply_flags(overrides, {})
     return loading.loaded(str(run_dir))

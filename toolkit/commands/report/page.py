@@ -250,6 +250,9 @@ def _commands(run: RunReport) -> list[str]:
         words = [str(word) for word in argv[1:]]
         lines.append(f"# as it was typed, in {visible(str(facts.command.get('cwd', '?')))}")
         lines.append(shlex.join(["toolkit", *words]))
+    for resume in facts.resumes:
+        words = shlex.join(["toolkit", *map(str, resume["argv"][1:])])
+        lines.append(f"# attempt {resume.get('attempt', '?')} went on: {visible(words)}")
     stored = shlex.quote(str(Path(facts.folder) / RUN_FILES.config))
     again = shlex.quote(f"{facts.record.name}-again")
     lines += ["# the same config, every value as it was", f"toolkit train {stored} --name {again}"]
