@@ -7,6 +7,7 @@ import typer
 from toolkit import commands
 from toolkit.cli.options import Registry, Root, argument, option
 from toolkit.config.paths import local_path
+from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
 
 
@@ -19,8 +20,9 @@ def report(
         str | None, option("Write a PNG of each chart too.", metavar="FOLDER", shown="none")
     ] = None,
     axis: Annotated[
-        Literal["step", "tokens", "time"], option("Horizontal axis of the PNGs.")
-    ] = "step",
+        Literal["step", "tokens", "time"] | None,
+        option("Horizontal axis of the PNGs; the page has its own choice.", shown="step"),
+    ] = None,
     root: Root = "runs",
     registry: Registry = None,
 ) -> None:
@@ -36,13 +38,17 @@ def report(
       toolkit report first second third --out compare.html
       toolkit report first --png pictures --axis tokens
     """
+    if axis is not None and png is None:
+        raise ConfigError("--axis belongs to --png FOLDER; on the page it is chosen at the top")
     page, pictures = local_path(out, "--out"), None if png is None else local_path(png, "--png")
     folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
     found = commands.report.read_report(folders)
+    is_new = not page.exists()
     size = commands.report.write_html(found, page)
-    typer.echo(f"{page}: {prefixed(size, 'B')}")
+    replaced = "" if is_new else ", in the place of what was there"
+    typer.echo(f"{page}: {prefixed(size, 'B')}{replaced}")
     if pictures is not None:
-        written = commands.report.write_pngs(found, pictures, axis=axis)
+        written = commands.report.write_pngs(found, pictures, axis=axis or "step")
         typer.echo(f"{pictures}: {count(len(written), 'picture')}")
 
 

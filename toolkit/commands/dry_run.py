@@ -18,6 +18,7 @@ from toolkit.config.defaults import differing
 from toolkit.config.secrets import mask_secrets
 from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
@@ -114,6 +115,8 @@ def check(
         found.ask(check_names, downstream.tasks)
     if sound:
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
+    if corpus is not None and config.dataset.custom is None:
+        found.ask(check_corpus_settings, config.data, corpus)
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus, layout.batch_ranks)
