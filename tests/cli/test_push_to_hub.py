@@ -111,6 +111,7 @@ def test_a_refusal_leaves_the_export_and_says_how_to_go_on(
     assert error.count("\n") == 1
     assert "--push-to-hub me/first: " in error
     assert "403" in error
+    assert "For more information check" not in error
     assert "the export is in my out, and `hf upload me/first 'my out'` tries again" in error
     assert Path("my out/model.safetensors").is_file()
 

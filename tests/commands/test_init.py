@@ -8,6 +8,7 @@ import pytest
 from toolkit.cli import main as cli
 from toolkit.commands.init import Answers, first_config
 from toolkit.errors import ConfigError
+from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
 
 ASKED = Answers("python_stdlib", "bpe", "2M", "10m")
@@ -17,6 +18,8 @@ ASKED = Answers("python_stdlib", "bpe", "2M", "10m")
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("once upon a time\n" * 1000)
+    (tmp_path / "empty").mkdir()
 
 
 @pytest.mark.parametrize("file", ["my.json", "my.yaml"])
@@ -25,7 +28,10 @@ def test_options_write_a_config(
 ) -> None:
     words = ["--data=texts", "--tokenizer=gpt2", "--size=5M", "--time=2h", "--device=h100"]
     assert cli.run(["init", file, *words]) == 0
-    assert capsys.readouterr().out.startswith(f"{file}: ")
+    said = capsys.readouterr().out
+    assert said.startswith(f"{file}: ")
+    assert "the data has about 4.05k tokens" in said
+    assert "teaches less" in said
     config = load_experiment(file).config
     assert config.dataset.tokenizer is not None
     assert config.dataset.tokenizer.to_dict()["path"] == "openai-community/gpt2"
@@ -34,6 +40,34 @@ def test_options_write_a_config(
     assert config.dataset.source.to_dict()["paths"] == ["texts"]
     assert cli.run(["init", file, *words]) == 2
     assert "exists; give another file name" in capsys.readouterr().err
+
+
+def test_all_mistakes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data=nowhere", "--tokenizer=gpt3", "--size=huge", "--time=soon"]
+    assert cli.run(["init", *words]) == 2
+    said = capsys.readouterr().err
+    assert [f"--{name} " in said for name in Answers._fields] == [True] * 4
+
+
+def test_at_a_terminal_it_asks_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO("nowhere\ntexts\nBPE\nhuge\n2M\nsoon\n1m\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert cli.run(["init", "--device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "nowhere: no such file or folder" in said
+    assert "huge: neither a preset nor a number" in said
+    assert load_experiment("my.json").config.dataset.source is not None
+
+
+@pytest.mark.parametrize(("size", "device"), [("200k", "cpu"), ("gpt2_124M", "h100")])
+def test_what_is_written_fits_more_ranks_and_its_own_rows(size: str, device: str) -> None:
+    first = first_config(ASKED._replace(size=size), device)
+    assert first.config.model.max_sequence_length == first.config.dataset.sequence_length
+    check_experiment(first.config, 8)
+    assert first.config.train_module.rank_microbatch_size in (None, 16_384)
 
 
 def test_it_asks_for_what_is_not_given(
@@ -65,6 +99,7 @@ def test_steps_follow_time_and_rates_follow_size() -> None:
     ("changed", "message"),
     [
         ({"data": "nowhere"}, "--data nowhere: no such file or folder"),
+        ({"data": "empty"}, "--data empty: "),
         ({"data": "${HOME}"}, "--data ${HOME}: a config takes ${NAME} for a variable"),
         ({"tokenizer": "gpt3"}, "--tokenizer gpt3: give one of byte, bpe, gpt2, dolma2"),
         ({"size": "llama3_8"}, "did you mean 'llama3_8B'"),

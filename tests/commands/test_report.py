@@ -335,7 +335,7 @@ def test_the_board_lists_runs_serves_their_pages_and_nothing_else(tmp_path, caps
             (broken / RUN_FILES.train_metrics).unlink()
             (broken / RUN_FILES.train_metrics).mkdir()
             assert get(f"/report?run={ids[1]}")[0] == 404
-            with socket.create_connection(server.server_address) as leaving:
+            with socket.create_connection(("127.0.0.1", server.server_port)) as leaving:
                 leaving.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
                 leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             assert get("/")[0] == 200

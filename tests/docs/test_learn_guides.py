@@ -18,7 +18,7 @@ def test_first_run_then_serve_then_compare(tmp_path: Path) -> None:
     """In this order, in one folder: the second and third go on from the run of the first."""
     folder = reader_folder(tmp_path)
     shown = [commands_of(page) for page in ("first_run", "serve", "compare_runs")]
-    assert [len(page) for page in shown] == [7, 3, 5]
+    assert [len(page) for page in shown] == [7, 4, 5]
     for command in [command for page in shown for command in page]:
         run_command(command, folder)
     first, high = folder / "runs/smoke/first", folder / "runs/smoke/high"

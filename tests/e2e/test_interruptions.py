@@ -201,6 +201,7 @@ def test_the_weights_of_a_killed_run_are_bit_equal(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_once_for_all_ranks(killed_fsdp: Chain) -> None:
     steps, seen = killed_fsdp.seen["stopped"]
     assert seen["state"] == "stopped"
@@ -226,6 +227,7 @@ def test_a_killed_run_of_two_processes_ends_like_an_undisturbed_one(
     ]
 
 
+@pytest.mark.slow
 def test_another_engine_continues_with_equal_losses(
     killed_fsdp: Chain, fsdp: Path, place: Path
 ) -> None:

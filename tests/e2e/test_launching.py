@@ -75,7 +75,7 @@ def test_fsdp_gives_the_losses_of_one_process(single: tuple[Path, Result], fsdp:
     ("engine", "processes"),
     [
         ("ddp", 2),
-        ("zero3", 2),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
         pytest.param("fsdp", 2, marks=pytest.mark.slow),
         pytest.param("zero1", 2, marks=pytest.mark.slow),
         pytest.param("zero2", 2, marks=pytest.mark.slow),

@@ -50,6 +50,7 @@ def python(file: str, *words: str) -> list[str]:
     return [sys.executable, f"sub/{file}.py", *words]
 
 
+@pytest.mark.slow
 def test_a_file_starts_processes_and_its_run_resumes_elsewhere(here: Path) -> None:
     """Workers find the user's modules where the launcher does, beside the file and in the current
     folder, and no others."""

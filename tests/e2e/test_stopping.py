@@ -83,6 +83,7 @@ def test_the_stop_file_is_consumed(asked: dict[str, Any]) -> None:
     assert committed(asked["folder"])[-1] == asked["signal"][1]["step"]
 
 
+@pytest.mark.slow
 def test_workers_that_are_started_again_continue_their_run(
     single: tuple[Path, Result], place: Path
 ) -> None:

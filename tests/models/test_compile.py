@@ -133,6 +133,7 @@ def test_other_documents_need_no_other_compilation(monkeypatch, backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_every_length_of_a_curriculum_is_compiled():
     model, counter = CONFIG.build(), CompileCounter()
     compile_model(model, fullgraph=True, backend=counter)  # raises past the limit

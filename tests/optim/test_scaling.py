@@ -66,6 +66,7 @@ def test_mup_scales_rates_and_initial_values_by_table_3() -> None:
     assert rates(config.of_model(16), **model) == rates(LionConfig(lr=1.0), **model)
 
 
+@pytest.mark.slow
 def test_the_change_of_activations_depends_on_the_width_only_without_mup() -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "mup_coordinates.py"
     spec = importlib.util.spec_from_file_location("mup_coordinates", path)

@@ -108,6 +108,7 @@ def soak(folder: Path, *, kills: int, seed: int) -> int:
     return done
 
 
+@pytest.mark.slow
 def test_a_mirrored_run_killed_twice_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     assert soak(tmp_path, kills=2, seed=5) >= 1
 

@@ -5,7 +5,6 @@ What is not asked is the recipe quickstart's. Batch and rate follow the size by 
 to need.
 """
 
-import glob
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,10 @@ from toolkit.config.paths import local_path
 from toolkit.config.types import nearest
 from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.config import TOKENIZER_PRESETS
-from toolkit.errors import ConfigError
+from toolkit.data.prepare.text.files import list_files, why_missing
+from toolkit.data.prepare.text.sources import file_kind
+from toolkit.data.source_config import FilesSourceConfig, PythonStdlibSourceConfig, SourceConfig
+from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.checks import check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.sources import own_name
@@ -35,6 +37,10 @@ from toolkit.wording import count
 STDLIB = "python_stdlib"
 _VOCABULARIES = {"byte": 257, "bpe": 4_096, "gpt2": 50_257, "dolma2": 100_278}
 """Tokenizer -> ids; of `bpe`, which is trained on the data, as many as quickstart has."""
+_BYTES_A_TOKEN = {"byte": 1.0, "bpe": 3.4, "gpt2": 4.2, "dolma2": 4.4}
+"""Of prose and code, about."""
+_MANY_EPOCHS = 4
+"""Up to here repeated text is about as good as new text (Muennighoff et al. 2023)."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BASE_TOKENS, _BASE_RATE = 2_048, 3e-3
 """Tokens of a batch and peak rate of the recipe quickstart."""
@@ -50,7 +56,7 @@ class Answers(NamedTuple):
     tokenizer: str
     """byte, bpe, gpt2 or dolma2."""
     size: str
-    """A preset, or the weights that a token is multiplied with: `10M`."""
+    """A preset, or how many parameters, those of the output head among them: `10M`."""
     time: str
     """How long the training may take: 10m, 2h."""
 
@@ -65,11 +71,37 @@ class First(NamedTuple):
     seconds: float
     """Expected of the training."""
     device: str
+    tokens: int | None
+    """About how many the data has; None: not told before it is read."""
+
+    @property
+    def epochs(self) -> float | None:
+        """About how often the training reads the data."""
+        if self.tokens is None:
+            return None
+        return self.steps * self.config.data_loader.global_batch_size / self.tokens
+
+    @property
+    def is_repetitive(self) -> bool:
+        return (self.epochs or 0) > _MANY_EPOCHS
+
+
+def check_answer(name: str, answer: str) -> None:
+    """Raise ConfigError where `answer` to a question of `Answers` cannot be used, whatever the
+    others are."""
+    if name == "size":
+        _model(answer, min(_VOCABULARIES.values()))  # what is too small here always is
+    else:
+        {"data": _source, "tokenizer": _tokenizer, "time": _seconds}[name](answer)
 
 
 def first_config(answers: Answers, device: str | None = None) -> First:
     """A config of what was answered, for one device (as `toolkit plan --device` has them; default:
     that of this machine). Raises ConfigError: an answer cannot be used."""
+    errors = ErrorList()
+    for word, answer in answers._asdict().items():
+        errors.ask(check_answer, word, answer)
+    errors.raise_any()
     seconds = _seconds(answers.time)
     source, tokenizer = _source(answers.data), _tokenizer(answers.tokenizer)
     given, model = _model(answers.size, _VOCABULARIES[answers.tokenizer])
@@ -80,6 +112,9 @@ def first_config(answers: Answers, device: str | None = None) -> First:
     longest = 256 if name == CPU else _LONGEST
     length = _power_of_two(min(model.max_sequence_length, longest))
     batch = length * _power_of_two(max(8.0, _BASE_TOKENS * growth**BATCH_EXPONENT / length))
+    if model.max_sequence_length != length:  # positions that are not trained are not promised
+        model = model.replace(max_sequence_length=length)
+        given["max_sequence_length"] = length
     dataset = {"source": source, "tokenizer": tokenizer, "sequence_length": length}
     dataset["dataset_name"] = own_name(source, tokenizer)
     data: dict[str, Any] = {
@@ -89,7 +124,10 @@ def first_config(answers: Answers, device: str | None = None) -> First:
         "dataset": dataset,
         "data_loader": {"global_batch_size": batch},
         "train_module": {
-            "rank_microbatch_size": min(batch, max(length, _MICROBATCH)),
+            # A share of the batch for each of up to eight ranks, or all of a small one.
+            "rank_microbatch_size": (
+                None if batch <= _MICROBATCH else max(length, min(_MICROBATCH, batch // 8))
+            ),
             "optim": {
                 "type": "muon",
                 "lr": float(f"{_BASE_RATE * growth**RATE_EXPONENT:.2g}"),
@@ -125,7 +163,8 @@ def first_config(answers: Answers, device: str | None = None) -> First:
     }
     config = _config(data, model)
     check_experiment(config, layout.batch_ranks, layout=layout)
-    return First(data, config, steps, steps * plan.time.total, name)
+    tokens = _tokens(config.dataset.source, answers.tokenizer)
+    return First(data, config, steps, steps * plan.time.total, name, tokens)
 
 
 def first_file(file: str) -> Path:
@@ -176,8 +215,12 @@ def _source(data: str) -> dict[str, Any]:
     paths = [path.strip() for path in data.split(",") if path.strip()]
     if "${" in data:
         raise ConfigError(f"--data {data}: a config takes ${{NAME}} for a variable; rename it")
-    missing = [p for p in paths if not (local_path(p, "--data").exists() or glob.glob(p))]
+    missing = [p for p in paths if why_missing(p) is not None]
     if paths and not missing:
+        try:
+            list_files(FilesSourceConfig(paths=paths))
+        except DataError as error:
+            raise ConfigError(f"--data {data}: {error.problem}") from None
         return {"type": "files", "paths": paths}
     if len(paths) == 1 and _HUB_NAME.fullmatch(paths[0]):
         return {"type": "hub", "name": paths[0]}
@@ -185,6 +228,16 @@ def _source(data: str) -> dict[str, Any]:
         f"--data {data}: no such file or folder: {', '.join(missing) or 'nothing given'}; give "
         f"files or folders with commas, OWNER/NAME of the hub, or {STDLIB}"
     )
+
+
+def _tokens(source: SourceConfig | None, tokenizer: str) -> int | None:
+    """About how many tokens the text of plain files has."""
+    if not isinstance(source, FilesSourceConfig | PythonStdlibSourceConfig):
+        return None
+    files = list_files(source).files
+    if any(file_kind(file, "text") not in ("text", "jsonl") for file in files):
+        return None
+    return int(sum(file.num_bytes for file in files) / _BYTES_A_TOKEN[tokenizer])
 
 
 def _tokenizer(name: str) -> dict[str, Any]:

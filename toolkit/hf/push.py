@@ -5,6 +5,9 @@ import shlex
 from pathlib import Path
 
 from toolkit.errors import CheckpointError
+from toolkit.storage.foreign import reason_of
+
+_NO_REASON = "For more information check"
 
 
 def check_push(repo: str) -> None:
@@ -45,5 +48,8 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str)
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """What the hub says stands after an address of a page about HTTP."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(_NO_REASON)]
+    if not lines or isinstance(error, KeyError):
+        return reason_of(error)
     return " ".join(" ".join(lines[:3]).split()).rstrip(".: ")
