@@ -39,6 +39,7 @@ def test_the_command_can_be_typed_again(argv: list[str], command: str | None) ->
         (["x", "train", "quickstart", "--seed=1"], [["x", "resume", "runs/a"]], True),
         (["x", "train", "quickstart"], [["x", "resume", "runs/a", "--seed=2"]], False),
         (["x", "train", "mine.yaml"], [], False),
+        (["x", "train", "quickstart", "--seed=${N}"], [], False),
         (["script.py"], [], False),
     ],
 )
@@ -61,7 +62,7 @@ def test_the_config_of_a_card_has_no_defaults_and_no_places() -> None:
 
 def test_an_adapter_counts_its_own_parameters_and_names_its_base() -> None:
     config = load_experiment("smoke").config.model
-    lora = LoRAConfig(rank=2, target_modules=["*.attention.*"])
+    lora = LoRAConfig(rank=2, target_modules=("*.attention.*",))
     source: Any = SimpleNamespace(config=config, lora=lora, hub_name=None, base_name="run/step4/hf")
     rows = _model(source, "X", "float32", merged=False)
     shapes = parameter_shapes(config.to_transformer(), lora)

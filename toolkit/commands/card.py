@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from toolkit.config.defaults import differing
+from toolkit.config.references import names_in
 from toolkit.config.secrets import mask_secrets
 from toolkit.config.types import join
 from toolkit.config.yaml_text import dump_yaml
@@ -100,7 +101,7 @@ def card_of(
         license_link=origin.get("license_link"),
         datasets=hub_data_sets(config.dataset) if config else [],
         model=_model(source, architecture, dtype, merged=merged),
-        training=_training(source, config, status),
+        training=_training(source, config, status, facts.command if facts is not None else {}),
         results=_results(source),
         command=None if facts is None or not tells_all else _command(facts.command),
         config="" if config is None or tells_all else _config_text(config),
@@ -161,7 +162,10 @@ def _sizes(values: Sequence[tuple[int, int]], tokens: int) -> str:
 
 
 def _training(
-    source: ModelSource, config: ExperimentConfig | None, status: RunStatus | None
+    source: ModelSource,
+    config: ExperimentConfig | None,
+    status: RunStatus | None,
+    command: Mapping[str, Any],
 ) -> dict[str, str]:
     metadata, rows = source.metadata, {}
     if name := source.origin.get("name"):
@@ -171,7 +175,8 @@ def _training(
     rows["Length"] = f"{metadata.step:,} steps, {metadata.tokens:,} tokens{_epochs(source)}"
     if config is not None:
         dataset, module = config.dataset, config.train_module
-        rows["Data"] = data_words(dataset)
+        # A resume stores paths in full: they are shown as from where the run was started.
+        rows["Data"] = data_words(dataset).replace(f"`{command.get('cwd', '')}/", "`")
         rows["Tokenizer"] = _tokenizer(dataset)
         lengths = config.data_loader.sequence_lengths(dataset.sequence_length)
         rows["Sequence length"] = _sizes(lengths, metadata.tokens)
@@ -288,7 +293,8 @@ def _tells_all(facts: RunFacts) -> bool:
     if not isinstance(argv, list) or argv[1:2] != ["train"] or argv[2:3] == []:
         return False
     changed = any(len(resume.get("argv", [])) > 3 for resume in facts.resumes)
-    return argv[2] in recipe_names() and not changed
+    names_variables = any(names_in(str(word)) for word in argv)
+    return argv[2] in recipe_names() and not changed and not names_variables
 
 
 def _config_text(config: ExperimentConfig) -> str:
