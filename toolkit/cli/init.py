@@ -71,7 +71,7 @@ def init(
 
 
 def _tell(path: Path, first: "commands.init.First") -> None:
-    config, model = first.config, first.config.model
+    config, model = first.config, first.config.model.to_transformer()
     batch, optim = config.data_loader.global_batch_size, config.train_module.optim
     kind = optim.to_dict()["type"]
     typer.echo(

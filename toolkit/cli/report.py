@@ -6,7 +6,6 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import Registry, Root, argument, option
-from toolkit.config.paths import local_path
 from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
 
@@ -40,7 +39,8 @@ def report(
     """
     if axis is not None and png is None:
         raise ConfigError("--axis belongs to --png FOLDER; on the page it is chosen at the top")
-    page, pictures = local_path(out, "--out"), None if png is None else local_path(png, "--png")
+    page = commands.report.local_path(out, "--out")
+    pictures = None if png is None else commands.report.local_path(png, "--png")
     folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
     found = commands.report.read_report(folders)
     is_new = not page.exists()
