@@ -18,7 +18,6 @@ from toolkit.config.defaults import differing
 from toolkit.config.secrets import mask_secrets
 from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
-from toolkit.data.prepare.corpus import check_corpus_settings
 from toolkit.data.prepare.text.sources import is_compared
 from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
@@ -117,6 +116,8 @@ def check(
     if sound:
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
     if corpus is not None and config.dataset.custom is None:
+        from toolkit.data.prepare.corpus import check_corpus_settings  # which needs numpy
+
         found.ask(check_corpus_settings, config.data, corpus)
     if corpus is not None and sound:
         with found.collecting():
