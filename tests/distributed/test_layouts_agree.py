@@ -21,9 +21,9 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.distributed.shards import local_boxes, local_tensor
-from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
 from toolkit.train.module import Metric
 from toolkit.train.transformer import TransformerTrainModule
 

@@ -7,14 +7,9 @@ import pytest
 
 from toolkit.config import Config
 from toolkit.hf.choose import defining_values, differences
-from toolkit.models.architecture import (
-    DeltaNetConfig,
-    LinearRopeConfig,
-    Llama3RopeConfig,
-    MoEConfig,
-    YarnRopeConfig,
-)
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
+from toolkit.models.rope_scaling import LinearRopeConfig, Llama3RopeConfig, YarnRopeConfig
 
 BASE = TransformerConfig(
     vocab_size=64,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.router import Router, router_sums, update_biases
 
 EXPERTS, WIDTH = 12, 8

@@ -8,8 +8,8 @@ from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_
 from tests.train.preference.made import unit_batch
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ContextParallelConfig, TensorParallelConfig
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import SGDConfig
 from toolkit.train.preference.config import (
     DPOConfig,
