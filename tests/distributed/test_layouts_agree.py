@@ -148,7 +148,7 @@ def numbers_of(
                     name: value[share * rows : (share + 1) * rows]
                     for name, value in batch_of(kind).items()
                 }
-                evaluated = torch.stack(tuple(module.eval_batch(batch))).double()
+                evaluated = torch.stack(module.eval_batch(batch)[:2]).double()
                 metrics = module.train_batch(batch)
                 loss = metrics["loss"].value.detach().double() * layout.owns_loss(env.rank)
                 sums = torch.cat([evaluated, loss[None]])

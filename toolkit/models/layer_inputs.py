@@ -41,7 +41,7 @@ def row_masks(
     to be computed: None: as `attention_backend` says."""
 
     @cache
-    def mask(window: int | None) -> AttentionMask | None:
+    def mask(window: int | None) -> "AttentionMask | None":
         needs_one = not config.is_plain_softmax or backend == "flex"
         if starts is None and window is None and not needs_one:
             return None
