@@ -191,7 +191,7 @@ def _fixed(job: Job, stage: Stage, rank: int) -> _Fixed:
 def _fixed_anew(job: Job, stage: Stage, rank: int) -> _Fixed:
     layout, held = job.layout, units_of(job, stage, rank)
     kept = states(job, stage, rank)
-    kept = kept._replace(weights=kept.weights + job.teacher_bytes)
+    kept = kept._replace(weights=kept.weights + int(job.teacher_bytes))
     if layout.pp > 1:  # whole gradients add up over the microbatches, and are reduced at the end
         kept = kept._replace(gradients=FP32 * held.total.trained)
     biggest = None
