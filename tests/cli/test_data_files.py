@@ -209,8 +209,8 @@ def test_tokenize_replaces_what_is_not_utf8_on_request(tmp_path: Path, capfd) ->
     error = capfd.readouterr().err
     assert "--encoding-errors: replace there, strict now; --tokenizer: " in error
     assert "--tokenizer: byte there, bpe now" in error
-    assert "give another --out name, delete the folder" in error
-    assert "as it is with dataset.source=null" in error
+    assert "To keep them, give another --out" in error
+    assert "as they are with dataset.source=null" in error
     (out / "dataset.json").unlink()
     assert run(words) == EXIT_BAD_INPUT
     assert "; give another --out\n" in capfd.readouterr().err

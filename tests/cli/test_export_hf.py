@@ -36,6 +36,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tiny_run, capsys):
     assert text.splitlines() == [
         f"out: LlamaForCausalLM in float32, 0.2 MB in 1 file ({tiny_run}, step 4)",
         "checked: transformers loads it and gives the same logits and token ids",
+        "note: the card names no license; --license ID gives one",
         "next: toolkit generate out --prompt '...'",
         '  or: AutoModelForCausalLM.from_pretrained("out")',
     ]
@@ -57,8 +58,10 @@ def test_the_card_tells_what_the_run_recorded(tiny_run, capsys):
     val = [json.loads(line) for line in (tiny_run / "metrics/eval.jsonl").open()][-1]
     for row in (
         "| Architecture | LlamaForCausalLM |",
-        "| Parameters | 37,088 |",
-        "| Length | 4 steps, 4,096 tokens |",
+        "| Parameters | 37,088 (41,120 in training, which pads the vocabulary to a multiple of ",
+        "| Length | 4 steps, 4,096 tokens (",
+        "| Tokenizer | byte |",
+        "  global_batch_size: 1024\n",
         "| Sequence length | 64 tokens |",
         "| Batch | 1,024 tokens |",
         "| Optimizer | adamw, lr 0.01, betas 0.9 0.95, eps 1e-08, weight_decay 0.1, state_dtype ",
@@ -78,7 +81,7 @@ def test_the_card_tells_what_the_run_recorded(tiny_run, capsys):
     earlier = export(capsys, tiny_run / "checkpoints/step2", "step2", "--no-check")
     assert "not checked: not asked for" in earlier
     card = Path("step2/README.md").read_text()
-    assert "| Length | 2 steps, 2,048 tokens |" in card
+    assert "| Length | 2 steps, 2,048 tokens (" in card
     assert f"loss {train[1]['loss']:.4f}" in card
 
 

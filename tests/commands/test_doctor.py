@@ -194,6 +194,20 @@ def test_several_gpus_get_the_line_that_uses_them(monkeypatch: pytest.MonkeyPatc
     assert start.text == "toolkit train CONFIG --processes 2"
 
 
+def test_speeds_are_those_of_the_threads_that_a_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = torch.get_num_threads(), torch.get_num_threads() + 1
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    monkeypatch.setenv("TOOLKIT_NUM_THREADS", str(asked))
+    monkeypatch.setattr(devices, "usable_gpus", lambda: 0)
+    monkeypatch.setattr(devices, "pick_device", lambda local_rank: torch.device("cpu"))
+    try:
+        (device,) = doctor._device()
+        assert f"{asked} threads)" in device.text
+        assert torch.get_num_threads() == asked
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_locks_of_dead_runs_are_told(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -6,6 +6,8 @@ import pytest
 
 from toolkit.commands import dry_run
 from toolkit.commands.dry_run import summarize
+from toolkit.data.config import HubSourceConfig
+from toolkit.data.prepare.corpus import prepare_corpus
 from toolkit.errors import ConfigError, DataError, RunError
 from toolkit.experiment.load import load_experiment
 from toolkit.launch.capacity import Capacity
@@ -234,3 +236,25 @@ def test_it_tells_of_a_model_that_this_machine_cannot_hold(
         told = [line for line in shown if "; this machine has 8.0 GiB free" in line]
         assert bool(told) is is_told, told
         assert all(line.startswith(f"here needs at least {needed}") for line in told)
+
+
+def test_it_refuses_prepared_data_of_other_text_as_a_start_does(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time " * 500)
+    flags = [
+        f"--dataset.source={{type: files, paths: [{text}]}}",
+        "--dataset.tokenizer={type: byte}",
+    ]
+    flags += ["--dataset.dataset_name=mine", "--dataset.sequence_length=64"]
+    flags += ["--data_loader.global_batch_size=64", "--train_module.rank_microbatch_size=64"]
+    config = load_experiment("quickstart", flags).config
+    corpus = prepare_corpus(config.data, progress=False)
+    assert any("data/mine/bpe4096: " in line for line in lines(*flags))
+    assert len(dry_run._data(config, corpus)) == 1
+    (one, prepared) = corpus.parts[""]
+    far = one.replace(source=HubSourceConfig(name="a/b"))
+    said = dry_run._data(config, corpus._replace(parts={"": (far, prepared)}))
+    assert said[1].startswith("not checked: whether the text on the hub")
+    text.write_text("another tale " * 500)
+    with pytest.raises(DataError, match=r"mine/bpe4096: to build its token files anew, remove"):
+        lines(*flags)

@@ -115,8 +115,9 @@ def test_the_curves_and_tables_say_what_the_metrics_say(tmp_path):
     assert (train["step"], train["value"]) == ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.5])
     assert train["tokens"] == [100, 200, 300, 400]
     assert train["time"] == [0.0, 1.0, 62.0, 63.0]
-    assert val["exact"]
-    assert "exact" not in train
+    assert (train["few"], train["exact"]) == (True, True)
+    assert (val["few"], val["exact"], val["dash"]) == (True, True, 1)
+    assert "dash" not in train
     assert (val["label"], val["value"], val["tokens"]) == ("val", [3.125, 2.25], [200, 400])
     layers = curves(found, "norms", "grad_norm by layer")
     assert [(c["label"], c["value"]) for c in layers] == [
@@ -131,6 +132,20 @@ def test_the_curves_and_tables_say_what_the_metrics_say(tmp_path):
         assert words in found.text
     assert "val/loss 2.25" in found.text
     assert "gpu0" in found.data
+
+
+def test_a_killed_attempt_is_an_interruption_after_its_last_kept_step(tmp_path):
+    folder = full(tmp_path)
+    status = json.loads((folder / RUN_FILES.status).read_text())
+    status["attempts"][0] |= {"state": "dead", "exit_reason": None, "step": 9}
+    (folder / RUN_FILES.status).write_text(json.dumps(status))
+    found = read_report([folder])
+    (gap,) = found.runs[0].throughput.gaps
+    assert gap.after_step == 2
+    assert next(iter(found.runs[0].throughput.by_reason)) == "interruptions"
+    assert gap.reason.startswith("attempt 1 ended: dead, 7 steps after the last kept one done")
+    text = html(found)
+    assert "1 to 9</td><td>7</td><td>dead</td><td>ended without a word" in text
 
 
 def test_what_runs_are_called_and_say_is_text(tmp_path):
@@ -203,7 +218,11 @@ def test_a_run_of_little_is_a_page_and_pictures(tmp_path, losses, words):
 
 def test_several_runs_share_charts_and_are_compared(tmp_path):
     two = full(tmp_path, "two", config={"run": {"name": "two"}, "seed": 7})
-    found = page(full(tmp_path), two)
+    both = html(read_report([full(tmp_path), two]))
+    found = Page(both)
+    assert "<td><b>" not in both.partition('id="differences"')[0]  # the same losses
+    assert both.count("<tr><th>steps</th>") == 1
+    assert found.text.count("No difference:") == 1
     assert found.sections == [*SECTIONS]
     assert [c["run"] for c in curves(found, "loss", "Loss")] == [0, 1, 0, 1]
     assert [c["run"] for c in curves(found, "norms", "grad_norm, whole")] == [0, 1]
@@ -211,6 +230,31 @@ def test_several_runs_share_charts_and_are_compared(tmp_path):
     assert "seed" in found.text.partition("where the losses part")[0]
     with pytest.raises(ConfigError, match="twice"):
         read_report([two, two])
+
+
+def test_only_losses_norms_of_gradients_and_speeds_of_many_points_are_smoothed(tmp_path):
+    folder = make_run(tmp_path, "one", losses=[1.0], config={
+        "dataset": {"dataset_name": "tales", "tokenizer": {"type": "bpe", "vocab_size": 512}},
+        "model": {"num_layers": 2, "d_model": 8},
+        "trainer": {"max_duration": {"value": 99, "unit": "steps"}},
+    })  # fmt: skip
+    (folder / RUN_FILES.train_metrics).write_text("")
+    smooth = ("loss", "grad_norm", "tokens_per_second", "mfu")
+    exact = ("lr", "skipped", "data_loading_pct", "peak_memory_gb", "my_own")
+    lines = [
+        {"step": s, "tokens": 10 * s, "time": 1.7e9 + s, "epoch": s / 10}
+        | dict.fromkeys((*smooth, *exact), s % 2 + 0.5)
+        for s in range(1, 31)
+    ]
+    add(folder, RUN_FILES.train_metrics, *lines)
+    add(folder, RUN_FILES.system_metrics, *({"step": s, "cpu_pct": s} for s in range(1, 31)))
+    found = page(folder)
+    charts = [one for all_ in json.loads(found.data)["charts"].values() for one in all_]
+    drawn = [one["curves"][0] for one in charts]
+    assert (len(drawn), sum("exact" not in one for one in drawn)) == (10, len(smooth))
+    assert not any("few" in one for one in drawn)
+    for words in ("30 (asked for: 99 steps)", "2 x 8", "tales/", "bpe, 512", "about 100", "3.00"):
+        assert words in found.text
 
 
 def test_a_long_run_of_many_layers_is_small_and_keeps_its_extremes(tmp_path):
@@ -251,6 +295,9 @@ def test_the_command_writes_a_page_of_a_run_that_trains_and_pictures(tmp_path, c
     assert {"lr-Learning-rate.png", "norms-grad_norm-by-layer.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in png.iterdir())
     assert run(args) == 0  # in the place of the page that is there
+    assert "in the place of what was there" in capsys.readouterr().out
+    assert run([*args[:-2], "--axis", "time"]) == 2
+    assert "--axis belongs to --png" in capsys.readouterr().err
     config = tmp_path / "my.json"
     config.write_text("{}")
     for other, problem in ((tmp_path / "no" / "x", "cannot be written"), (config, "is no report")):

@@ -103,6 +103,16 @@ def test_comparison_shows_what_differs_and_where_losses_part(tmp_path):
     assert (second.compared, second.last_equal, second.first_step) == (4, 4, None)
     assert "run.name" in [d.path for d in compare.compare([a, b], everything=True).config]
     assert sum(map(len, compare.sections(compare.compare([a, c])).values())) == 0
+    away = {"dataset": {"root": str(tmp_path / "data"), "source": {"paths": [str(tmp_path)]}}}
+    near = {"dataset": {"root": "data", "source": {"paths": ["."]}}}
+    for folder, config in ((a, near), (c, away)):
+        (folder / RUN_FILES.config).write_text(json.dumps(config))
+    assert [d.path for d in compare.compare([a, c]).config] == [
+        "dataset.root",
+        "dataset.source.paths",
+    ]
+    (a / RUN_FILES.command).write_text(json.dumps({"cwd": str(tmp_path)}))
+    assert not compare.compare([a, c]).config
     null = [{"chosen": {"kernel": None}, "name": "single"}, {"name": "fsdp"}]
     assert [d.path for d in compare.differences(null)] == ["name"]
     with pytest.raises(ConfigError, match="the same run stands there twice"):

@@ -40,6 +40,20 @@ def test_a_choice_has_a_section_for_each(capsys: pytest.CaptureFixture[str]) -> 
     assert "Folder, `tokenizer.json` file, or hub name." in text
 
 
+def test_one_type_is_shown_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "schema", "train_module.optim.muon")
+    assert text.startswith("train_module.optim with type: muon ")
+    assert text.count("with type: ") == 1
+    assert text == said(capsys, "schema", "optim", "--type", "muon")
+    assert text == said(capsys, "schema", "optim.muon")
+    assert cli.run(["schema", "optim", "--type", "mun"]) == 2
+    assert "no type 'mun'; one of adafactor, adam, " in capsys.readouterr().err
+    assert cli.run(["schema", "seed", "--type", "x"]) == 2
+    assert "it has no types" in capsys.readouterr().err
+    text = said(capsys, "schema", "optim.lr")
+    assert "lr of sgd: a number; default 0.01" in text
+
+
 @pytest.mark.parametrize(
     ("path", "full"),
     [

@@ -140,6 +140,7 @@ def test_errors_of_a_set_name_its_own_settings(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         prepare_corpus(config, progress=False)
     place, text = "dataset.eval_sets.wiki", str(error.value)
-    assert f"the text of {place}.source has changed); give another {place}.dataset_config" in text
-    assert text.endswith(f"use it as it is with {place}.source=null")
+    assert f"the text of {place}.source has changed). To keep them, give another {place}." in text
+    assert f"anew, remove them (rm -r {tmp_path}/data/wiki/default) and repeat" in text
+    assert text.endswith(f"use them as they are with {place}.source=null")
     assert text.count("dataset.") == 3

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from toolkit.commands.schema import describe_path
 from toolkit.errors import ConfigError, RunError, SeveralErrors
 from toolkit.experiment.load import load_experiment, load_run_config
+from toolkit.experiment.other_trainers import THEIR_NAMES
+from toolkit.experiment.recorded import kept_origins
 from toolkit.models.presets import PRESETS
+from toolkit.runs.files import RUN_FILES
 
 
 def write(path: Path, data: dict[str, Any]) -> str:
@@ -102,6 +106,78 @@ def test_mistakes_are_named(args: list[Any], expected: str) -> None:
     assert message(*args).startswith(expected)
 
 
+def test_variables_stand_in_fields_of_every_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"LR": "1e-3", "N": "3", "ON": "true", "KIND": "bf16", "BETAS": "[0.8, 0.9]", "D": "/d"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        "dataset: {root: '${D}'}\ntrain_module: {optim: {lr: '${LR}'}}\nseed: '1${N}'\n"
+    )
+    model = ["--model.preset=quickstart", "--train_module.precision=${KIND}"]
+    more = ["--train_module.compile_model=${ON}", "--train_module.optim.betas=${BETAS}"]
+    loaded = load_experiment(str(file), [*model, *more])
+    module = loaded.stored.train_module
+    assert (module.optim.lr, module.precision, module.compile_model) == (1e-3, "bf16", True)
+    assert module.optim.betas == (0.8, 0.9)
+    assert (loaded.stored.seed, loaded.stored.dataset.root) == (13, "${D}")
+    assert (loaded.config.dataset.root, loaded.origins["seed"]) == ("/d", str(file))
+    monkeypatch.setenv("LR", "hidden")
+    assert "train_module.optim.lr: expected a number, not what ${LR} stands for (in " in message(
+        str(file), model
+    )
+    assert "${LX}: the environment variable LX is not set" in message(
+        "quickstart", ["--train_module.optim.lr=${LX}"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--train_module.optim.type=adamw_torch"], "; did you mean 'adamw'?"),
+        (["--train_module.scheduler.type=warmup_stable_decay"], "; did you mean 'wsd'?"),
+        (
+            ["--learning-rate=1e-4"],
+            "no such option: --learning-rate; did you mean --train_module.",
+        ),
+        (["--micro_batch_size=2"], "did you mean --train_module.rank_microbatch_size?"),
+        (["--training.seq_len=8"], "no such field; did you mean 'dataset.sequence_length'?"),
+        (["--trainer.num_train_epochs=8"], "no such field; did you mean 'trainer.max_duration'?"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_ours(words: list[str], expected: str) -> None:
+    assert expected in message("quickstart", words)
+
+
+@pytest.mark.parametrize(
+    ("data", "page"),
+    [
+        (
+            {"base_model": "m", "datasets": [], "lora_r": 8},
+            "axolotl; docs/migrate/axolotl.md",
+        ),
+        ({"training": {"steps": 1}, "optimizer": {"lr": 1}}, "docs/migrate/torchtitan.md says"),
+        ({"output_dir": "o", "num_train_epochs": 1}, "docs/migrate/hf_trainer.md says"),
+        ({"architectures": ["X"], "model_type": "x"}, "`toolkit convert-hf FOLDER OUT`"),
+    ],
+)
+def test_a_config_of_another_trainer_is_one_error(
+    tmp_path: Path, data: dict[str, Any], page: str
+) -> None:
+    text = message(write(tmp_path / "theirs.json", data))
+    assert page in text
+    assert "\n" not in text
+
+
+def test_what_is_suggested_for_their_names_is_there_and_in_the_guides() -> None:
+    guides = "".join(path.read_text() for path in Path("docs/migrate").glob("*.md"))
+    for theirs, ours in THEIR_NAMES.items():
+        assert describe_path(ours)
+        assert f"`{theirs}`" in guides or f"`{theirs.rpartition('.')[2]}`" in guides, theirs
+
+
 def test_a_run_is_loaded_from_its_folder_with_overrides(tmp_path: Path) -> None:
     config = load_experiment("smoke").config
     (tmp_path / "metadata").mkdir()
@@ -111,6 +187,16 @@ def test_a_run_is_loaded_from_its_folder_with_overrides(tmp_path: Path) -> None:
     assert loaded.config.model == config.model
     assert loaded.origins["model.d_model"] == "run"
     assert loaded.origins["train_module.optim.lr"] == "--train_module.optim.lr=0.5"
+
+
+def test_a_resume_keeps_where_values_came_from(tmp_path: Path) -> None:
+    (tmp_path / "metadata").mkdir()
+    before = {"train_module.optim": "my.yaml", "seed": "--seed=3", "trainer.x": "recipe a"}
+    (tmp_path / RUN_FILES.origins).write_text(json.dumps(before))
+    now = {"train_module.optim.lr": "run", "train_module.optim.betas": "--b=1", "seed": "run"}
+    now |= {"model.d_model": "run", "trainer.start_anew": "--trainer.start_anew=seed"}
+    kept = {"train_module.optim.lr": "my.yaml", "train_module.optim.betas": "--b=1"}
+    assert kept_origins(now, tmp_path) == kept | {"seed": "--seed=3"}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

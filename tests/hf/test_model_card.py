@@ -6,6 +6,8 @@ import yaml
 from toolkit.commands.card import data_words, hub_data_sets
 from toolkit.data.config import DatasetConfig, DiskSourceConfig, FilesSourceConfig, HubSourceConfig
 from toolkit.data.order.config import MixConfig, MixSourceConfig
+from toolkit.errors import ConfigError
+from toolkit.hf.licenses import read_license
 from toolkit.hf.loading import name_in_cache
 from toolkit.hf.model_card import ModelCard, render_card
 
@@ -52,6 +54,25 @@ def test_an_adapter_is_loaded_onto_its_base():
     assert front_matter(text)["library_name"] == "peft"
     assert "base = AutoModelForCausalLM.from_pretrained('some/base')" in text
     assert "PeftModel.from_pretrained(base, folder)" in text
+
+
+def test_a_base_that_is_not_on_the_hub_is_named_in_the_snippet_alone():
+    text = render_card(ModelCard(title="mine", is_adapter=True, base_name="run/step4/hf"))
+    assert "base_model" not in front_matter(text)
+    assert "from_pretrained('run/step4/hf')" in text
+
+
+def test_licenses_are_ids_of_the_hub_or_have_a_name():
+    assert read_license("mit")["license"] == "mit"
+    assert read_license("other: ours") == {
+        "license": "other",
+        "license_name": "ours",
+        "license_link": None,
+    }
+    for wrong, hint in (("MIT", "did you mean 'mit'? One"), ("mylicense", "id; "), ("mit:x", "")):
+        with pytest.raises(ConfigError, match=r"the hub has no such id") as error:
+            read_license(wrong)
+        assert hint in str(error.value)
 
 
 def test_the_snippet_is_python():

@@ -52,6 +52,15 @@ def test_a_run_of_a_release_that_kept_no_attempts_is_told_by_its_metrics(tmp_pat
     assert first.ended == "2023-11-14T22:13:21Z"
 
 
+def test_the_command_is_that_of_the_start_whatever_resumed_it(tmp_path, monkeypatch):
+    for number, verb in enumerate(("train", "train", "resume", "resume")):
+        monkeypatch.setattr(sys, "argv", ["toolkit", verb, str(number)])
+        start_run("exp", "one", root=tmp_path, resume=number > 1).close("stopped")
+    facts = run_facts(tmp_path / "exp" / "one")
+    assert facts.command["argv"] == ["toolkit", "train", "1"]
+    assert [(r["attempt"], r["argv"][2]) for r in facts.resumes] == [(3, "2"), (4, "3")]
+
+
 def test_an_attempt_that_vanished_ended_with_its_last_line(tmp_path):
     code = (
         "import sys, os; from toolkit.runs.registry import start_run;"
@@ -65,6 +74,9 @@ def test_an_attempt_that_vanished_ended_with_its_last_line(tmp_path):
     assert (only.state, only.ended, only.last_step) == ("dead", "2096-10-02T07:06:40Z", 7)
     start_run("exp", "one", root=tmp_path, resume=True).close("finished")
     (before,) = read_status(folder).attempts
+    assert run_facts(folder).attempts[0].done_again == 0
+    (folder / RUN_FILES.train_metrics).write_text('{"step": 4, "attempt": 1}\n')
+    assert run_facts(folder).attempts[0].done_again == 3
     assert (before.state, before.ended, before.step) == ("dead", "2096-10-02T07:06:40Z", 7)
 
 

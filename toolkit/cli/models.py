@@ -135,7 +135,9 @@ def export_hf(
     license: Annotated[
         str | None,
         option(
-            "License that the card names, as in apache-2.0.", shown="the base model's", metavar="ID"
+            "License that the card names, by its id on the hub, as in apache-2.0, or other:NAME.",
+            shown="the base model's",
+            metavar="ID",
         ),
     ] = None,
     push_to_hub: Annotated[
@@ -196,6 +198,8 @@ def export_hf(
         )
     if not exported.has_tokenizer:
         typer.echo("no tokenizer is known for this model; --tokenizer FOLDER adds one")
+    if license is None and not found.origin.get("license"):
+        typer.echo("note: the card names no license; --license ID gives one")
     if push_to_hub is not None:
         address = commands.convert.push(found, exported, push_to_hub, private=private)
         typer.echo(f"uploaded: {address}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from toolkit import commands
-from toolkit.cli.options import Json, argument
+from toolkit.cli.options import Json, argument, option
 from toolkit.cli.printing import print_json, print_prose, print_table
 from toolkit.errors import ConfigError
 
@@ -115,21 +115,26 @@ def schema(
     path: Annotated[
         str | None, argument("A part of the config, as in `trainer.callbacks`.", metavar="PATH")
     ] = None,
+    type: Annotated[
+        str | None, option("Of a part that has several types, one alone.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Describe a part of the config: its fields, their types and defaults.
 
-    Without PATH, print the JSON Schema of the whole, for editors.
+    Without PATH, print the JSON Schema of the whole, for editors. The name of a type may also end
+    the path.
 
     \b
     Examples:
       toolkit schema trainer.callbacks
       toolkit schema optim.lr
+      toolkit schema train_module.optim.muon
       toolkit schema > schema.json
     """
     if path is None:
         typer.echo(json.dumps(commands.recipes.experiment_schema(), indent=2))
         return
-    for position, section in enumerate(commands.schema.describe_path(path)):
+    for position, section in enumerate(commands.schema.describe_path(path, type)):
         if position:
             typer.echo()
         typer.echo(typer.style(section.title, bold=True))

@@ -6,6 +6,7 @@ import typer
 
 from toolkit import commands
 from toolkit.cli.options import Registry, Root, argument, option
+from toolkit.errors import ConfigError
 from toolkit.wording import count, prefixed
 
 
@@ -18,8 +19,9 @@ def report(
         str | None, option("Write a PNG of each chart too.", metavar="FOLDER", shown="none")
     ] = None,
     axis: Annotated[
-        Literal["step", "tokens", "time"], option("Horizontal axis of the PNGs.")
-    ] = "step",
+        Literal["step", "tokens", "time"] | None,
+        option("Horizontal axis of the PNGs; the page has its own choice.", shown="step"),
+    ] = None,
     root: Root = "runs",
     registry: Registry = None,
 ) -> None:
@@ -35,14 +37,18 @@ def report(
       toolkit report first second third --out compare.html
       toolkit report first --png pictures --axis tokens
     """
+    if axis is not None and png is None:
+        raise ConfigError("--axis belongs to --png FOLDER; on the page it is chosen at the top")
     page = commands.report.local_path(out, "--out")
     pictures = None if png is None else commands.report.local_path(png, "--png")
     folders = [commands.runs.named.run_to_read(run, root, registry) for run in runs]
     found = commands.report.read_report(folders)
+    is_new = not page.exists()
     size = commands.report.write_html(found, page)
-    typer.echo(f"{page}: {prefixed(size, 'B')}")
+    replaced = "" if is_new else ", in the place of what was there"
+    typer.echo(f"{page}: {prefixed(size, 'B')}{replaced}")
     if pictures is not None:
-        written = commands.report.write_pngs(found, pictures, axis=axis)
+        written = commands.report.write_pngs(found, pictures, axis=axis or "step")
         typer.echo(f"{pictures}: {count(len(written), 'picture')}")
 
 

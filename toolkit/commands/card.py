@@ -1,6 +1,7 @@
 """What a model's own files tell about it, for its card: nothing is guessed."""
 
 import contextlib
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +10,17 @@ from typing import Any
 
 import msgspec
 
+from toolkit.config.defaults import differing
+from toolkit.config.references import names_in
 from toolkit.config.secrets import mask_secrets
+from toolkit.config.types import join
+from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.config import (
+    BPETokenizerConfig,
     DatasetConfig,
     DiskSourceConfig,
     FilesSourceConfig,
+    HFTokenizerConfig,
     HubSourceConfig,
     MixSourceConfig,
     SourceConfig,
@@ -24,10 +31,11 @@ from toolkit.data.tokens.prepared import read_prepared
 from toolkit.errors import ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
-from toolkit.experiment.sources import FINETUNE_FILE
+from toolkit.experiment.sources import FINETUNE_FILE, recipe_names
 from toolkit.hf.model_card import OLDEST, ModelCard
 from toolkit.hf.source import ModelSource
 from toolkit.metrics.lines import read_records
+from toolkit.models.parameters import parameter_shapes
 from toolkit.runs.facts import RunFacts, run_facts
 from toolkit.runs.files import RUN_FILES
 from toolkit.runs.status import RunStatus, read_status
@@ -35,6 +43,13 @@ from toolkit.wording import count
 
 _COMMAND = ("train", "resume")
 _MOST_PATHS = 8
+_OF_THE_MACHINE = (
+    *("description", "run.", "store.", "dataset.root", "dataset.source", "dataset.num_processes"),
+    *("trainer.callbacks.", "trainer.load_path", "data_loader.num_workers"),
+)
+"""How paths of a config begin that say nothing of the model, or are told by a row of their own."""
+_DEFAULT: Any = object()
+"""Stands for a value that is left out."""
 _HUB_FILE = re.compile(
     r"(?:hf://datasets/|https://huggingface\.co/datasets/)([\w.-]+/[\w.-]+?)(?:@[^/]+)?/"
 )
@@ -47,6 +62,7 @@ class _Line(msgspec.Struct):
     step: int
     name: str = ""
     loss: float | str | None = None
+    epoch: float | str | None = None
     ppl: float | str | None = None
     bits_per_byte: float | str | None = None
     accuracy: float | str | None = None
@@ -73,19 +89,22 @@ def card_of(
     title = f"{status.experiment}/{status.name}" if status else (folder or Path()).resolve().name
     tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else None
     origin = source.origin
+    tells_all = facts is not None and _tells_all(facts)
     return ModelCard(
         title=title,
         description=_description(facts, config),
         is_adapter=source.lora is not None and not merged,
         base_model=source.hub_name,
+        base_name=source.base_name if source.lora is not None and not merged else None,
         license=origin.get("license"),
         license_name=origin.get("license_name"),
         license_link=origin.get("license_link"),
         datasets=hub_data_sets(config.dataset) if config else [],
-        model=_model(source, architecture, dtype),
-        training=_training(source, config, status),
+        model=_model(source, architecture, dtype, merged=merged),
+        training=_training(source, config, status, facts.command if facts is not None else {}),
         results=_results(source),
-        command=_command(facts.command if facts is not None else {}),
+        command=None if facts is None or not tells_all else _command(facts.command),
+        config="" if config is None or tells_all else _config_text(config),
         versions=_versions(source, status),
         needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
         has_tokenizer=tokenizer is not None,
@@ -104,21 +123,34 @@ def _description(facts: RunFacts | None, config: ExperimentConfig | None) -> str
     return str(mask_secrets(config.description))
 
 
-def _model(source: ModelSource, architecture: str, dtype: str) -> dict[str, str]:
+def _model(source: ModelSource, architecture: str, dtype: str, *, merged: bool) -> dict[str, str]:
     transformer = source.config.to_transformer()
     # Padding rows are not exported.
     rows = transformer.replace(vocab_multiple=1)
     sizes = f"{rows.num_parameters:,}"
     if transformer.moe is not None:
         sizes += f", of which a token uses {rows.num_active_parameters:,}"
-    return {
+    base = ""
+    if source.lora is not None and not merged:
+        shapes = parameter_shapes(transformer, source.lora)
+        adapter = sum(math.prod(shape) for name, shape in shapes.items() if ".lora_" in name)
+        sizes = f"{adapter:,} of the adapter, beside {sizes} of its base"
+        base = source.hub_name or f"{source.base_name or 'a model'}, which is not on the hub"
+    elif rows.num_parameters != transformer.num_parameters:
+        sizes += (
+            f" ({transformer.num_parameters:,} in training, which pads the vocabulary to a "
+            f"multiple of {transformer.vocab_multiple})"
+        )
+    found = {
         "Architecture": architecture,
+        "Base": base,
         "Parameters": sizes,
         "Layers x width": f"{transformer.num_layers} x {transformer.d_model}",
         "Vocabulary": f"{transformer.vocab_size:,}",
         "Longest sequence": f"{transformer.max_sequence_length:,} tokens",
         "Weights": dtype,
     }
+    return {name: value for name, value in found.items() if value}
 
 
 def _sizes(values: Sequence[tuple[int, int]], tokens: int) -> str:
@@ -130,17 +162,22 @@ def _sizes(values: Sequence[tuple[int, int]], tokens: int) -> str:
 
 
 def _training(
-    source: ModelSource, config: ExperimentConfig | None, status: RunStatus | None
+    source: ModelSource,
+    config: ExperimentConfig | None,
+    status: RunStatus | None,
+    command: Mapping[str, Any],
 ) -> dict[str, str]:
     metadata, rows = source.metadata, {}
     if name := source.origin.get("name"):
         rows["Started from"] = str(name)
     if metadata is None or metadata.step == 0:
         return rows
-    rows["Length"] = f"{metadata.step:,} steps, {metadata.tokens:,} tokens"
+    rows["Length"] = f"{metadata.step:,} steps, {metadata.tokens:,} tokens{_epochs(source)}"
     if config is not None:
         dataset, module = config.dataset, config.train_module
-        rows["Data"] = data_words(dataset)
+        # A resume stores paths in full: they are shown as from where the run was started.
+        rows["Data"] = data_words(dataset).replace(f"`{command.get('cwd', '')}/", "`")
+        rows["Tokenizer"] = _tokenizer(dataset)
         lengths = config.data_loader.sequence_lengths(dataset.sequence_length)
         rows["Sequence length"] = _sizes(lengths, metadata.tokens)
         rows["Batch"] = _sizes(config.data_loader.batch_sizes, metadata.tokens)
@@ -162,6 +199,30 @@ def _training(
         machine = f"{engine} ({engine.device})"
     rows["Engine x processes"] = machine
     return {name: value for name, value in rows.items() if value}
+
+
+def _epochs(source: ModelSource) -> str:
+    """How often the data was gone through, by the metrics."""
+    assert source.metadata is not None
+    step, tokens = source.metadata.step, source.metadata.tokens
+    lines = _newest(source.run / RUN_FILES.train_metrics, step) if source.run is not None else []
+    for line in lines:
+        if line.step == step and isinstance(line.epoch, float) and line.epoch > 0:
+            once = f", each of about {tokens / line.epoch:,.0f} tokens" if line.epoch > 1 else ""
+            return f" ({line.epoch:.2f} epochs{once})"
+    return ""
+
+
+def _tokenizer(dataset: DatasetConfig) -> str:
+    match dataset.tokenizer:
+        case BPETokenizerConfig(vocab_size=size):
+            return f"BPE of {size:,} ids, trained on the data"
+        case HFTokenizerConfig(path=path):
+            return f"`{Path(str(mask_secrets(path))).name}`"
+        case None:
+            return ""
+        case other:
+            return f"{other.to_dict()['type']}"
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -223,6 +284,31 @@ def _command(recorded: Mapping[str, Any]) -> str | None:
     if isinstance(argv, list) and len(argv) > 1 and argv[1] in _COMMAND:
         return shlex.join(["toolkit", *(str(word) for word in argv[1:])])
     return None
+
+
+def _tells_all(facts: RunFacts) -> bool:
+    """Whether the run's first command says what was trained: of a recipe, which comes along, and
+    never changed since."""
+    argv = facts.command.get("argv")
+    if not isinstance(argv, list) or argv[1:2] != ["train"] or argv[2:3] == []:
+        return False
+    changed = any(len(resume.get("argv", [])) > 3 for resume in facts.resumes)
+    names_variables = any(names_in(str(word)) for word in argv)
+    return argv[2] in recipe_names() and not changed and not names_variables
+
+
+def _config_text(config: ExperimentConfig) -> str:
+    """What is not the default and tells how the model came to be: no places, no callbacks."""
+    wanted = {path for path in differing(config) if not path.startswith(_OF_THE_MACHINE)}
+
+    def kept(value: Any, path: str) -> Any:
+        if isinstance(value, dict) and value:
+            inner = {name: kept(one, join(path, name)) for name, one in value.items()}
+            return {name: one for name, one in inner.items() if one is not _DEFAULT} or _DEFAULT
+        is_given = path in wanted or any(other.startswith(f"{path}.") for other in wanted)
+        return value if is_given else _DEFAULT
+
+    return dump_yaml(mask_secrets(kept(config.to_dict(), "")))
 
 
 def _versions(source: ModelSource, status: RunStatus | None) -> dict[str, str]:

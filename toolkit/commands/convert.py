@@ -20,6 +20,7 @@ from toolkit.experiment.sources import FINETUNE_FILE
 from toolkit.hf.choose import choose_family
 from toolkit.hf.convert import Conversion, ConvertOptions, convert_hf
 from toolkit.hf.export import Exported, chosen_types, export_source, first_type
+from toolkit.hf.licenses import read_license
 from toolkit.hf.loading import fetch_model, is_hub_name, name_in_cache
 from toolkit.hf.model_card import render_card
 from toolkit.hf.push import check_push, push_folder
@@ -143,13 +144,14 @@ def export_model(
     """Export the model `where` into the folder `out`, with a card, and a bar on a terminal.
 
     `dtype` auto is that of `chosen_types`. The result is loaded and compared where `check` says so,
-    or is None and there is memory for it. `license` is what the card names instead of the base
-    model's; `push_to` is where on the hub the folder is to go (see `push`), which is checked before
-    anything is written.
+    or is None and there is memory for it. `license` (see `read_license`) is what the card names
+    instead of the base model's; `push_to` is where on the hub the folder is to go (see `push`),
+    which is checked before anything is written.
     """
     folder = local_path(out, "OUT")
     if push_to is not None:
         check_push(push_to)
+    terms = None if license is None else read_license(license)
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     check_unused(folder)
     path = str(folder_of(where))
@@ -174,8 +176,8 @@ def export_model(
         merged=merged,
         only_newer=family.only_newer(source.config.to_transformer()),
     )
-    if license is not None:
-        card = msgspec.structs.replace(card, license=license, license_name=None, license_link=None)
+    if terms is not None:
+        card = msgspec.structs.replace(card, **terms)
     with byte_progress("exporting", 4 * source.config.num_parameters) as advance:
         exported = export_source(
             source,

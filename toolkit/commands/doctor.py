@@ -167,10 +167,13 @@ def _device() -> Iterator[Finding]:
     from toolkit.autotune.question import measures
     from toolkit.distributed.devices import device_name, pick_device, unused_gpus, usable_gpus
     from toolkit.distributed.environment import is_fast_at_bf16
+    from toolkit.distributed.tuning import tune_cpu
 
     if (reason := unused_gpus()) is not None:
         yield Finding("failed", "device", reason)
     device, gpus = pick_device(local_rank=0), usable_gpus()
+    if device.type == "cpu":
+        tune_cpu()  # speeds are to be those of a run
     precision = "bf16" if is_fast_at_bf16(device) else "fp32"
     if device.type == "cpu" and measures():
         precision = "fp32 or bf16, as a run measures"

@@ -18,6 +18,7 @@ from toolkit.config.defaults import differing
 from toolkit.config.secrets import mask_secrets
 from toolkit.config.yaml_text import dump_yaml
 from toolkit.data.corpus_info import CorpusInfo, data_places, read_corpus
+from toolkit.data.prepare.text.sources import is_compared
 from toolkit.distributed.choosing import foreseen
 from toolkit.distributed.layout import Layout
 from toolkit.distributed.low_precision import describe_float8
@@ -114,6 +115,10 @@ def check(
         found.ask(check_names, downstream.tasks)
     if sound:
         found.ask(check_schedule_lengths, config, batches_of(config, corpus), origins)
+    if corpus is not None and config.dataset.custom is None:
+        from toolkit.data.prepare.corpus import check_corpus_settings  # which needs numpy
+
+        found.ask(check_corpus_settings, config.data, corpus)
     if corpus is not None and sound:
         with found.collecting():
             check_corpus(config, corpus, layout.batch_ranks)
@@ -215,6 +220,9 @@ def _data(config: ExperimentConfig, corpus: CorpusInfo | None) -> list[str]:
         f"{prepared.folder}: {prepared.num_tokens('train'):,} tokens that are evaluated only"
         for _, prepared in corpus.eval_parts.values()
     ]
+    sources = [one.source for one, _ in (*corpus.parts.values(), *corpus.eval_parts.values())]
+    if not all(source is None or is_compared(source) for source in sources):
+        lines.append("not checked: whether the text on the hub or on another machine has changed")
     if config.store.permanent_root is not None:
         lines.append(f"kept in {config.store.permanent_root}")
     return lines

@@ -1,5 +1,6 @@
 """What a part of a config may hold, in words: for readers; `config/schema.py` is for editors."""
 
+import contextlib
 import inspect
 import json
 import re
@@ -50,20 +51,26 @@ class Section(NamedTuple):
     fields: list[Field]
 
 
-def describe_path(path: str) -> list[Section]:
+def describe_path(path: str, type: str | None = None) -> list[Section]:
     """What may stand at the dotted `path`: a section for each struct it may be, or one for a single
-    value. A path may be cut short where only one ends like it. Raises ConfigError: nothing is
-    there; names what looks like it."""
-    path = _full(our_path(path))
-    owner, target, above = None, type_of(ExperimentConfig), ""
-    for name in path.split("."):
-        owner, target = target, child_type(target, name, above, {})
-        above = f"{above}.{name}".lstrip(".")
+    value, or for the struct of one `type`, which may also be the last name of the path. A path may
+    be cut short where only one ends like it. Raises ConfigError: nothing is there, or it has no
+    such type; names what looks like it."""
+    path = our_path(path)
+    try:
+        path = _full(path)
+    except ConfigError:
+        above, _, last = path.rpartition(".")
+        with contextlib.suppress(ConfigError):
+            if above and type is None and last in _tags(_at(_full(above))[1]):
+                return describe_path(above, last)
+        raise
+    owner, target = _at(path)
     structs = _structs(target)
+    if type is not None:
+        return [_of_type(path, target, type)]
     if not structs:
-        owners = [s for s in struct_types(owner) if name in _names(s)]
-        fields = [_field(owners[0], name)] if owners else [Field(name, _words(target), "", "")]
-        return [Section(path, "", fields)]
+        return [Section(path, "", _variants(owner, target, path.rpartition(".")[2]))]
     title = f"{path}, each" if _is_many(target) else path
     described = [[_field(struct, name) for name in _names(struct)] for struct in structs]
     shared = _shared(described)
@@ -74,6 +81,36 @@ def describe_path(path: str) -> list[Section]:
         text = _doc(struct) if found else f"{_doc(struct)} {doc}".strip()
         found.append(Section(f"{title}{f' with type: {tag}' if tag else ''}", text, own))
     return found
+
+
+def _at(path: str) -> tuple[Any, Any]:
+    """The types of what holds the value of a full path, and of the value."""
+    owner, target, above = None, type_of(ExperimentConfig), ""
+    for name in path.split("."):
+        owner, target = target, child_type(target, name, above, {})
+        above = f"{above}.{name}".lstrip(".")
+    return owner, target
+
+
+def _of_type(path: str, target: Any, type: str) -> Section:
+    structs, tags = _structs(target), _tags(target)
+    if type not in tags or not type:
+        known = f"one of {', '.join(sorted(tags))}" if len(tags) > 1 else "it has no types"
+        raise ConfigError(f"no type {type!r}; {known}", key=path)
+    struct = structs[tags.index(type)]
+    fields = [_field(struct, name) for name in _names(struct)]
+    return Section(f"{path} with type: {type}", _doc(struct), fields)
+
+
+def _variants(owner: Any, target: Any, name: str) -> list[Field]:
+    """A single value: once, or as each of the types has it that hold it."""
+    found: dict[Field, list[str]] = {}
+    for struct in struct_types(owner):
+        if name in _names(struct):
+            found.setdefault(_field(struct, name), []).append(_tag(struct))
+    if len(found) < 2:
+        return list(found) or [Field(name, _words(target), "", "")]
+    return [f._replace(name=f"{name} of {', '.join(types)}") for f, types in found.items()]
 
 
 def _shared(described: list[list[Field]]) -> list[Field]:
@@ -122,7 +159,11 @@ def _tags(target: Any) -> list[str]:
     structs = _structs(target)
     if len(structs) == 1:
         return [""]
-    return ["module:Class" if s.tag in (CLASS, MODULE) else str(s.tag) for s in structs]
+    return [_tag(struct) for struct in structs]
+
+
+def _tag(struct: Any) -> str:
+    return "module:Class" if struct.tag in (CLASS, MODULE) else str(struct.tag)
 
 
 def _names(struct: Any) -> list[str]:

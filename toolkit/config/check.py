@@ -5,15 +5,18 @@ msgspec converts exactly and fast, but stops at the first mistake and says `Inva
 them: path, value, what was expected, and the nearest name.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import inspect
 
 from toolkit.config.base import UNSIGNED
+from toolkit.config.overrides import parse_value
 from toolkit.config.paths import NOTE, path_problem
+from toolkit.config.references import filled_text, names_in
 from toolkit.config.types import (
     alternatives,
     choose_struct,
@@ -66,9 +69,13 @@ def convert(data: Any, config_type: type[T]) -> T:
     return checked.config
 
 
-def check(data: Any, config_type: type) -> Checked:
-    """Everything in `data` that does not fit `config_type`, and what can be made of the rest."""
-    walk, target = _Walk(), type_of(config_type)
+def check(data: Any, config_type: type, environ: Mapping[str, str] | None = None) -> Checked:
+    """Everything in `data` that does not fit `config_type`, and what can be made of the rest.
+
+    With `environ`, a text where a field takes none may name its variables, as `${NAME}`: what they
+    hold is read as the field's type.
+    """
+    walk, target = _Walk(environ), type_of(config_type)
     fitting = walk.value(expanded(data, target), target, "")
     built = None if fitting is _WRONG else msgspec.convert(fitting, config_type)
     return Checked(built, walk.errors + walk.refusals)
@@ -77,7 +84,8 @@ def check(data: Any, config_type: type) -> Checked:
 class _Walk:
     """Goes through data and its types side by side."""
 
-    def __init__(self) -> None:
+    def __init__(self, environ: Mapping[str, str] | None) -> None:
+        self._environ = environ
         self.errors: list[ConfigError] = []
         """Names and types that do not fit."""
         self.refusals: list[ConfigError] = []
@@ -87,6 +95,28 @@ class _Walk:
         """`data` without what does not fit `target`, or is refused."""
         if isinstance(data, dict):
             return self._mapping(data, target, path)
+        if self._environ is not None and isinstance(data, str) and names_in(data):
+            return self._variable(data, target, path, self._environ)
+        return self._plain(data, target, path)
+
+    def _variable(self, text: str, target: Any, path: str, environ: Mapping[str, str]) -> Any:
+        """What a text that names variables stands for, where a text itself does not fit. It is
+        never shown: it may be a secret."""
+        if any(isinstance(t, inspect.StrType | inspect.AnyType) for t in alternatives(target)):
+            return self._plain(text, target, path)
+        before = len(self.errors)
+        try:
+            filled = filled_text(text, environ, path)
+        except ConfigError as error:
+            return self._wrong(path, error.problem)
+        with contextlib.suppress(ConfigError):
+            found = self._plain(parse_value(filled, target, path), target, path)
+            if found is not _WRONG:
+                return found
+        del self.errors[before:]
+        return self._wrong(path, f"expected {describe(target)}, not what {text} stands for")
+
+    def _plain(self, data: Any, target: Any, path: str) -> Any:
         if isinstance(data, list) and (item_type(target, 0) is not None or _takes_any(target)):
             for option in alternatives(target):
                 if isinstance(option, inspect.TupleType) and len(data) != len(option.item_types):

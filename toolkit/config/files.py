@@ -15,7 +15,10 @@ YAML_SUFFIXES = (".yaml", ".yml")
 SCHEMA_KEY = "$schema"
 """Key by which an editor finds the JSON Schema of a file; it is no value of the config."""
 
-_NO_TOML = "TOML is not read; write the config as JSON or YAML"
+_NO_TOML = (
+    "TOML is not read; write the config as JSON or YAML (docs/migrate/torchtitan.md has the names "
+    "of torchtitan's)"
+)
 _HINTS = {
     r"/\*": "a comment that does not end; it ends with */",
     r"#": "a comment begins with //, or stands in /* */",

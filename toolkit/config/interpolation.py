@@ -4,24 +4,23 @@ A text of a config may name environment variables, anywhere in it:
 `postgresql://me:${DB_PASSWORD}@host/runs`, `${DATA}/corpus`. The run folder, its origins and its
 checkpoints keep the name; every command that loads the config puts in the value that the variable
 has then. `$${NAME}` stands for the text `${NAME}` itself. Fields that hold text for people, models
-or templates (`_PROSE_FIELDS`) are left alone.
+or templates (`_PROSE_FIELDS`) are left alone. Fields that hold no text are filled in when the
+config is first loaded (`check`), and keep that value.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from toolkit.config.base import Config
 from toolkit.config.check import convert
+from toolkit.config.references import filled_text, names_in
 from toolkit.config.types import join
 from toolkit.errors import ConfigError
 
-_REFERENCE = re.compile(r"\$(?P<escape>\$?)\{(?P<name>[A-Za-z_]\w*)\}")
 _PROSE_FIELDS = {
     "description", "chat_template", "system_prompt", "text_template", "prompts", "prompt",
 }  # fmt: skip
-_MIXES = "docs/recipes.md#mixes"
 
 T = TypeVar("T", bound=Config)
 
@@ -53,7 +52,7 @@ def variables(config: Config) -> list[str]:
             for inner in value:
                 look(inner)
         elif isinstance(value, str):
-            found.update(m["name"] for m in _REFERENCE.finditer(value) if not m["escape"])
+            found.update(names_in(value))
 
     look(config.to_dict())
     return sorted(found)
@@ -72,19 +71,4 @@ def _fill(value: Any, environ: Mapping[str, str], path: str) -> Any:
         }
     if isinstance(value, list):
         return [_fill(inner, environ, join(path, n)) for n, inner in enumerate(value)]
-
-    def content(match: re.Match[str]) -> str:
-        name = match["name"]
-        if match["escape"]:
-            return f"${{{name}}}"
-        if name not in environ:
-            advice = (
-                f"export it ({_MIXES} says what the mixes that come along need)"
-                if path.startswith("dataset.mix.")
-                else f"export it, or write $${{{name}}} for that text itself"
-            )
-            problem = f"${{{name}}}: the environment variable {name} is not set; {advice}"
-            raise ConfigError(problem, key=path)
-        return environ[name]
-
-    return _REFERENCE.sub(content, value) if isinstance(value, str) else value
+    return filled_text(value, environ, path) if isinstance(value, str) else value

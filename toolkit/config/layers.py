@@ -8,6 +8,7 @@
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -103,7 +104,7 @@ class ConfigLayers(Generic[T]):
     def check(self) -> Checked:
         """The frozen config, and everything that is wrong with names, types and values, each with
         the layer that it is from; the config is without these."""
-        checked = check(self.data, self.config_type)
+        checked = check(self.data, self.config_type, os.environ)
         return checked._replace(errors=[self._located(error) for error in checked.errors])
 
     def rename_origins(self, origins: Mapping[str, str]) -> None:

@@ -6,7 +6,8 @@ keeps its characters whatever they look like. Of YAML, anchors, aliases and tags
 value can then be no larger than its text, and is a tree.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from toolkit.config.types import nearest, paths_to, shown
@@ -34,6 +35,7 @@ def parse_override_args(
     *,
     sections: Collection[str] = (),
     options: Collection[str] = (),
+    theirs: Mapping[str, str] = MappingProxyType({}),
     root: Any = None,
     found: ErrorList | None = None,
 ) -> list[Override]:
@@ -42,6 +44,7 @@ def parse_override_args(
     Args:
         sections: the top-level names that may stand without a dot (`--seed=3`).
         options: the command's own long options, for the hint when one is misspelled.
+        theirs: names of other programs, and the paths that are meant, for that hint too.
         root: the type of the config, for the hint when a path is cut short.
         found: keeps what is wrong, and the rest is returned; without it that raises ConfigError.
     """
@@ -59,7 +62,7 @@ def parse_override_args(
             if position < len(args) and not is_override(args[position]):
                 text, position = args[position], position + 1
         if "." not in path and path not in sections:
-            wrong.add(ConfigError(_unknown_option(path, sections, options, root)))
+            wrong.add(ConfigError(_unknown_option(path, sections, options, theirs, root)))
             continue
         overrides.append(Override(path, text, f"--{path}={text}"))
     if found is None:
@@ -82,7 +85,11 @@ def _not_an_override(arg: str) -> str:
 
 
 def _unknown_option(
-    name: str, sections: Collection[str], options: Collection[str], root: Any
+    name: str,
+    sections: Collection[str],
+    options: Collection[str],
+    theirs: Mapping[str, str],
+    root: Any,
 ) -> str:
     name = shortened(name)
     if name in options:
@@ -91,6 +98,8 @@ def _unknown_option(
             "--dataset.root=DIR"
         )
     known = paths_to(root, name) if root is not None else []
+    if (meant := theirs.get(name.replace("-", "_"))) is not None:
+        known = [meant]
     near = known or [n for n in [nearest(name, [*sections, *options])] if n]
     hint = f"did you mean {' or '.join(f'--{n}' for n in near)}?" if near else "see --help"
     return (

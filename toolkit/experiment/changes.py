@@ -1,6 +1,7 @@
 """What a resume changes in the config of its run: allowed, and shown."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def _changes(old: Any, new: Any, path: str, folder: Path) -> list[str]:
         pairs = [(k, old.get(k, _UNSET), new.get(k, _UNSET)) for k in {**old, **new}]
     elif _has_mappings(old) and _has_mappings(new) and len(old) == len(new):
         pairs = [(str(n), a, b) for n, (a, b) in enumerate(zip(old, new, strict=True))]
-    elif _is_same_place(old, new, folder):
+    elif is_same_place(old, new, folder, Path.cwd()):
         return []
     else:
         return [f"{path}: {_show(old)} -> {_show(new)}"]
@@ -48,15 +49,18 @@ def _has_mappings(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _is_same_place(old: Any, new: Any, folder: Path) -> bool:
-    """Whether these are the same paths, though some are written as absolute ones."""
+def is_same_place(old: Any, new: Any, old_folder: Path, new_folder: Path) -> bool:
+    """Whether these are the same paths, or lists of them, relative to these folders, though some
+    are written as absolute ones."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(
-            _is_same_place(a, b, folder) for a, b in zip(old, new, strict=True)
+            is_same_place(a, b, old_folder, new_folder) for a, b in zip(old, new, strict=True)
         )
     if not isinstance(old, str) or not isinstance(new, str):
         return False
-    return old == new or folder / Path(old).expanduser() == Path.cwd() / Path(new).expanduser()
+    places = (old_folder, old), (new_folder, new)
+    one, other = (os.path.abspath(folder / os.path.expanduser(path)) for folder, path in places)
+    return old == new or one == other
 
 
 def _show(value: Any) -> str:

@@ -42,8 +42,9 @@ from toolkit.experiment.checks import LOADING, check_experiment, layout_for
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load_checks import check_load_path
 from toolkit.experiment.objectives import give_scores
+from toolkit.experiment.other_trainers import THEIR_NAMES, check_not_theirs, with_our_name
 from toolkit.experiment.python_config import call_build_config, is_python_config
-from toolkit.experiment.recorded import stored_config
+from toolkit.experiment.recorded import RUN_ORIGIN, stored_config
 from toolkit.experiment.sources import (
     OFFICIAL,
     longest_sequence,
@@ -110,6 +111,7 @@ def load_experiment(
     loading = _Loading()
     with loading.found.collecting():
         data, origin = _read_source(source)
+        check_not_theirs(data, origin)
     if loading.found.errors:
         loading.parse(overrides)  # nothing else can be told without the file
         loading.found.raise_any()
@@ -176,7 +178,7 @@ def _checked_origins(written: Any, source: str) -> dict[str, str]:
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
     """Load the config a run was started with and apply the command line of a resume."""
     loading = _Loading()
-    loading.add(stored_config(run_dir), "run")
+    loading.add(stored_config(run_dir), RUN_ORIGIN)
     loading.found.raise_any()
     loading.apply_flags(overrides, {})
     return loading.loaded(str(run_dir))
@@ -256,6 +258,7 @@ class _Loading:
             args,
             sections=[*ExperimentConfig.__struct_fields__, *(a for a in ALIASES if "." not in a)],
             options=[*short, "base", "dry-run", "json", "debug"],
+            theirs=THEIR_NAMES,
             root=type_of(ExperimentConfig),
             found=self.found,
         )
@@ -288,7 +291,10 @@ class _Loading:
         module = self.layers.data.get("train_module")
         checkpointing = module.get("ac_config") if isinstance(module, dict) else None
         mode = checkpointing.get("mode") if isinstance(checkpointing, dict) else None
-        value = self.layers.parse(ours)
+        try:
+            value = self.layers.parse(ours)
+        except ConfigError as error:
+            raise with_our_name(error, {}, ours.path) from None
         if ours.path == "model" and isinstance(value, dict) and "preset" in value:
             value = {**_preset(value.pop("preset")), **value}
         elif ours.path == "model" and isinstance(value, str):
@@ -303,7 +309,7 @@ class _Loading:
         """The experiment, or what is wrong with it: `known` is for `_add_other_errors`."""
         checked = self.layers.check()
         for error in checked.errors:
-            self.found.add(error)
+            self.found.add(with_our_name(error, self.layers.data))
         if self.found.errors:
             config, has_model = checked.config, not self.refuses("model")
             if config is None:  # the model alone has no default

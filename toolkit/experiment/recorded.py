@@ -1,8 +1,10 @@
 """What a run folder tells about how its steps were computed. No torch at import."""
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from toolkit.autotune.choices import Choices
 from toolkit.config.check import check
 from toolkit.config.files import read_json_mapping
 from toolkit.config.interpolation import fill
+from toolkit.config.layers import DEFAULT_ORIGIN
 from toolkit.config.named import look_in
 from toolkit.distributed.config import (
     PARALLEL_FIELDS,
@@ -32,6 +35,8 @@ from toolkit.runs.registry import is_run
 from toolkit.runs.status import not_a_run
 from toolkit.storage.foreign import read_json
 
+RUN_ORIGIN = "run"
+"""Of the values that a resume finds in its run folder, which keeps where they are from."""
 VERSIONED = ("toolkit", "torch", "accelerate", "deepspeed", "numpy")
 """Libraries that compute."""
 
@@ -138,6 +143,22 @@ def _look_where_it_was_started(run: Path) -> None:
                 look_in(str(folder))
     except (OSError, RunError, KeyError, TypeError):
         return  # a run of an older release; or nobody needs them
+
+
+def kept_origins(origins: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What the run in `folder` keeps of `origins`: where it had a value from already, that; no
+    defaults, and nothing that is asked for once."""
+    before = {}
+    with contextlib.suppress(FileNotFoundError, RunError):
+        before = read_json(folder / RUN_FILES.origins, RunError)
+    kept = {}
+    for path, origin in origins.items():
+        if origin == RUN_ORIGIN:
+            above = (path, *(path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)))
+            origin = next((str(before[p]) for p in above if p in before), DEFAULT_ORIGIN)
+        if origin != DEFAULT_ORIGIN and path != "trainer.start_anew":
+            kept[path] = origin
+    return kept
 
 
 def has_config(folder: Path) -> bool:

@@ -32,7 +32,12 @@ from toolkit.experiment.checks import rank_microbatch_size
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.continuation import check_continuation
 from toolkit.experiment.found_data import started_in
-from toolkit.experiment.recorded import EngineRecord, metadata_of_attempt, stored_config
+from toolkit.experiment.recorded import (
+    EngineRecord,
+    kept_origins,
+    metadata_of_attempt,
+    stored_config,
+)
 from toolkit.launch.failures import LostPeerError, Peers, name_rank
 from toolkit.launch.mirror import Mirror, seconds_left
 from toolkit.launch.starting import RunStart, current_launch
@@ -109,8 +114,7 @@ class Training:
     ) -> None:
         """Write what a start is made from into the run's metadata/ and status."""
         log_config(run, config.to_dict(), layout, config.model.num_parameters, choices)
-        kept = {p: o for p, o in origins.items() if o != "default" and p != "trainer.start_anew"}
-        run.metadata.log(kept, RUN_FILES.origins)
+        run.metadata.log(kept_origins(origins, run.folder), RUN_FILES.origins)
         run.metadata.log(describe_engine(layout, kernels, choices), RUN_FILES.engine)
 
     def train(

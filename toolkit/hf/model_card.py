@@ -16,6 +16,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     base_model: str | None = None
     """Name on the hub of the model that training began from; None: it has none, or it is not
     known."""
+    base_name: str | None = None
+    """What an adapter calls its base where that is not on the hub."""
     license: str | None = None
     """As the base model states it."""
     license_name: str | None = None
@@ -31,6 +33,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of a table: losses."""
     command: str | None = None
     """That trained it."""
+    config: str = ""
+    """Values that are no defaults, as YAML, where no command says all of them."""
     versions: dict[str, str] = {}
     """Of the libraries it was trained with."""
     needs: str = OLDEST
@@ -67,6 +71,9 @@ def render_card(card: ModelCard) -> str:
         _table("Training", card.training),
         _table("Results", card.results),
         f"The command:\n\n```bash\n{card.command}\n```" if card.command else "",
+        f"The config, without what has its default:\n\n```yaml\n{card.config}```"
+        if card.config
+        else "",
         f"Trained with {versions}." if versions else "",
         f"## Use\n\nWith {card.needs}:\n\n```python\n{_snippet(card)}\n```",
     ]
@@ -87,7 +94,7 @@ def _snippet(card: ModelCard) -> str:
         imports += ", AutoTokenizer"
     if card.is_adapter:
         imports += "\nfrom peft import PeftModel"
-        base = card.base_model or "BASE"
+        base = card.base_model or card.base_name or "BASE"
         loading = f"base = {kind}.from_pretrained({base!r})\n"
         loading += "model = PeftModel.from_pretrained(base, folder)"
     lines = [imports, "", 'folder = "path/to/this/folder"', loading]

@@ -31,6 +31,8 @@ from toolkit.storage.foreign import read_json
 
 _STEP = re.compile(r"step(\d{1,18})\Z")
 _MAX_METADATA_BYTES = 1 << 30
+_MOST = 10_000
+"""Attempts that are looked at."""
 
 
 class AttemptFacts(msgspec.Struct, kw_only=True):
@@ -51,6 +53,8 @@ class AttemptFacts(msgspec.Struct, kw_only=True):
     first_step: int | None = None
     """Of its lines in train.jsonl, which lacks steps that a later attempt went back behind."""
     last_step: int | None = None
+    done_again: int = 0
+    """Steps at its end that no later attempt built on: they were trained once more."""
 
     @property
     def seconds(self) -> float | None:
@@ -92,7 +96,9 @@ class RunFacts(msgspec.Struct, kw_only=True):
     origins: dict[str, str]
     """Path of a value -> where it came from; values without one are defaults."""
     command: dict[str, Any]
-    """Newest command line: argv, cwd, python, started; secrets masked."""
+    """Command line that the run was started with: argv, cwd, python, started; secrets masked."""
+    resumes: list[dict[str, Any]]
+    """Those of the attempts that went on since, from the first."""
     git: dict[str, Any]
     """Repository, commit, branch, dirty."""
     environment: dict[str, Any]
@@ -113,6 +119,12 @@ class RunFacts(msgspec.Struct, kw_only=True):
     def title(self) -> str:
         """`experiment/name`."""
         return f"{self.record.experiment}/{self.record.name}"
+
+    @property
+    def cwd(self) -> str | None:
+        """What relative paths of `config` are relative to: where the newest command was given."""
+        found = [*([self.command] if self.command else []), *self.resumes]
+        return str(found[-1]["cwd"]) if found and "cwd" in found[-1] else None
 
     @property
     def age(self) -> float | None:
@@ -142,6 +154,7 @@ def run_facts(run_dir: Path) -> RunFacts:
     record.state = current_state(folder, status)
     checkpoints = saved_checkpoints(folder)
     data: Any = next((c.extra["data"] for c in reversed(checkpoints) if "data" in c.extra), {})
+    command, resumes = _commands(folder, status.attempt)
     facts = RunFacts(
         folder=str(folder),
         record=record,
@@ -152,7 +165,8 @@ def run_facts(run_dir: Path) -> RunFacts:
         attempts=_attempts(folder, status, record.state, progress),
         config=_read(folder, RUN_FILES.config),
         origins={k: str(v) for k, v in _read(folder, RUN_FILES.origins).items()},
-        command=mask_secrets(_read(folder, RUN_FILES.command)),
+        command=command,
+        resumes=resumes,
         git=_read(folder, RUN_FILES.git),
         environment=_read(folder, RUN_FILES.environment),
         engine=_read(folder, RUN_FILES.engine),
@@ -187,6 +201,25 @@ def _read(folder: Path, file: str) -> dict[str, Any]:
         return read_json(folder / file, RunError)
     except (FileNotFoundError, RunError):
         return {}
+
+
+def _commands(folder: Path, newest: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The command that started the run, and those that resumed it since."""
+    kept = (_read(folder, _command_file(number)) for number in range(1, min(newest, _MOST)))
+    found = [mask_secrets(one) for one in (*kept, _read(folder, RUN_FILES.command)) if one]
+    starts = [place for place, one in enumerate(found) if not _is_resume(one)]
+    begin = starts[-1] if starts else 0
+    return (found[begin] if found else {}), found[begin + 1 :]
+
+
+def _is_resume(command: dict[str, Any]) -> bool:
+    argv = command.get("argv")
+    return isinstance(argv, list) and argv[1:2] == ["resume"]
+
+
+def _command_file(attempt: int) -> str:
+    """What a later attempt leaves of the command line of this one."""
+    return RUN_FILES.command.replace(".json", f".attempt{attempt}.json")
 
 
 def _attempts(
@@ -234,9 +267,10 @@ def _add_lines(folder: Path, newest: int, found: dict[int, AttemptFacts]) -> Non
     series = None
     with contextlib.suppress(RunError):
         series = read_history(folder, ["attempt"], streams=["train"]).train.get("attempt")
-    for number in range(1, min(newest, 10_000) + 1):
+    kept = 0
+    for number in range(1, min(newest, _MOST) + 1):
         if number not in found:
-            started = _read(folder, RUN_FILES.command.replace(".json", f".attempt{number}.json"))
+            started = _read(folder, _command_file(number))
             known = started.get("started") if started.get("attempt") == number else None
             found[number] = AttemptFacts(
                 number=number, started=known, ended="", state="unknown", first_step=None
@@ -252,3 +286,6 @@ def _add_lines(folder: Path, newest: int, found: dict[int, AttemptFacts]) -> Non
             if about.state == "unknown" and 0 <= times[-1] < 1e11:
                 about.started = about.started or utc_text(float(times[0]))
                 about.ended = utc_text(float(times[-1]))
+            kept = int(steps[-1])
+        if number < newest:
+            found[number].done_again = max(0, (found[number].last_step or 0) - kept)

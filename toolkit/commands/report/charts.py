@@ -16,6 +16,8 @@ _ALL_POINTS = 36_000
 _LEAST_POINTS = 24
 _MOST_CURVES = 40
 """In a chart, as of a model of many layers: evenly chosen ones beyond."""
+_FEW = 20
+"""Points of a curve: fewer are marked, and never smoothed."""
 _MOST_CHARTS = 40
 """In a section, the first ones: a browser keeps the picture of each."""
 
@@ -34,6 +36,7 @@ _WORDS = {
     "ppl": "Perplexity",
 }
 _THROUGHPUT = ("tokens_per_second", "mfu", "data_loading_pct", "peak_memory_gb", "compute_ratio")
+_SMOOTHED = ("loss", *_LOSSES, "grad_norm", "tokens_per_second", "mfu")
 _NOT_DRAWN = ("num_targets", "seconds", "ppl")
 _ELSEWHERE = (
     *("loss", "lr", "grad_norm", "skipped", "instances/", "epoch", "attempt", "ppl"),
@@ -69,7 +72,14 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     means: Series | None
     """Of a long run, the mean of each span, which is what smoothing starts from."""
     is_exact: bool = False
-    """Never smoothed: an evaluation (few points, each of much text) or a schedule."""
+    """Never smoothed: all but losses, norms of gradients and speeds; and curves of few points."""
+    dash: int = 0
+    """0: a line; else the pattern of an evaluation, which has the colour of its run."""
+
+    @property
+    def is_few(self) -> bool:
+        """Whether its points are marked."""
+        return len(self.points.step) < _FEW
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +89,12 @@ class Chart(msgspec.Struct, frozen=True, kw_only=True):
     is_log: bool = False
     curves: list[Curve]
 
+    @property
+    def is_by_run(self) -> bool:
+        """Whether the colour of a curve is that of its run; else each has its own."""
+        runs = {curve.run for curve in self.curves}
+        return len(runs) == len(self.curves) or any(curve.dash for curve in self.curves)
+
 
 class _Wanted(msgspec.Struct, frozen=True):
     """A chart before its curves are cut."""
@@ -87,6 +103,7 @@ class _Wanted(msgspec.Struct, frozen=True):
     title: str
     curves: list[tuple[int, str, Series]]
     is_log: bool = False
+    is_smooth: bool = False
 
 
 def charts_of(
@@ -107,10 +124,14 @@ def charts_of(
     evaluations = {id(series) for history in whole for series in history.eval.values()}
     found: dict[str, list[Chart]] = {}
     for chart in wanted:
-        curves = [
-            _curve(*curve, points, is_exact=chart.section == "lr" or id(curve[2]) in evaluations)
-            for curve in _some(chart.curves)
-        ]
+        curves, sets = [], list[str]()
+        for curve in _some(chart.curves):
+            is_eval, dash = id(curve[2]) in evaluations, 0
+            if is_eval and chart.section == "loss":
+                sets += [curve[1]] if curve[1] not in sets else []
+                dash = 1 + sets.index(curve[1])
+            is_exact = is_eval or not chart.is_smooth
+            curves.append(_curve(*curve, points, is_exact=is_exact, dash=dash))
         drawn = Chart(title=chart.title, is_log=chart.is_log, curves=curves)
         found.setdefault(chart.section, []).append(drawn)
     more = {name: n - _MOST_CHARTS for name, n in number_of.items() if n > _MOST_CHARTS}
@@ -128,13 +149,14 @@ def _wanted(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Wan
             for name, series in history.eval.items()
             if name.endswith("/loss")
         ]
-    yield _Wanted("loss", _WORDS["loss"], losses)
+    yield _Wanted("loss", _WORDS["loss"], losses, is_smooth=True)
     recorded = list(dict.fromkeys(name for series in train for name in series))
 
     def each(section: str, chosen: Iterable[str]) -> Iterable[_Wanted]:
         for name in chosen:
             curves = [(run, "", series[name]) for run, series in enumerate(train) if name in series]
-            yield _Wanted(section, _WORDS.get(name, name), curves)
+            is_smooth = name in _SMOOTHED
+            yield _Wanted(section, _WORDS.get(name, name), curves, is_smooth=is_smooth)
 
     yield from each("loss", _LOSSES)
     yield from each("lr", ["lr", *(name for name in recorded if name.startswith(_SCHEDULED))])
@@ -153,13 +175,14 @@ def _norms(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Want
     """A chart of all layers for each run; of several runs, first the totals together."""
     kinds = dict.fromkeys(n.partition("/")[0] for history in histories for n in history.network)
     for kind in kinds:
+        is_smooth = kind in _SMOOTHED
         totals = [
             (run, "", series)
             for run, history in enumerate(histories)
             if (series := history.network.get(f"{kind}/total")) is not None
         ]
         if len(histories) > 1:
-            yield _Wanted("norms", f"{kind}, whole model", totals)
+            yield _Wanted("norms", f"{kind}, whole model", totals, is_smooth=is_smooth)
         for run, (name, history) in enumerate(zip(names, histories, strict=True)):
             layers = [
                 (run, metric.partition("/")[2] or metric, series)
@@ -167,7 +190,7 @@ def _norms(names: Sequence[str], histories: Sequence[History]) -> Iterable[_Want
                 if metric.partition("/")[0] == kind
             ]
             title = f"{kind} by layer" + (f": {name}" if len(names) > 1 else "")
-            yield _Wanted("norms", title, layers, is_log=True)
+            yield _Wanted("norms", title, layers, is_log=True, is_smooth=is_smooth)
 
 
 def _evaluations(histories: Sequence[History]) -> Iterable[_Wanted]:
@@ -241,11 +264,14 @@ def _some(curves: list[tuple[int, str, Series]]) -> list[tuple[int, str, Series]
     return [curves[place] for place in places]
 
 
-def _curve(run: int, label: str, series: Series, points: int, *, is_exact: bool) -> Curve:
+def _curve(
+    run: int, label: str, series: Series, points: int, *, is_exact: bool, dash: int
+) -> Curve:
     """Three fifths of the points for the extremes, the rest for the means."""
     if len(series.step) <= points or is_exact:
         cut = down_sampled(series, points)
-        return Curve(run=run, label=label, points=cut, means=None, is_exact=is_exact)
+        is_exact |= len(series.step) < _FEW
+        return Curve(run=run, label=label, points=cut, means=None, is_exact=is_exact, dash=dash)
     few = max(8, points * 3 // 5)
     return Curve(
         run=run,

@@ -4,8 +4,8 @@ import msgspec
 import numpy as np
 
 from toolkit.metrics.history import History, Series
-from toolkit.runs.facts import RunFacts
-from toolkit.wording import span
+from toolkit.runs.facts import AttemptFacts, RunFacts
+from toolkit.wording import count, span
 
 _SHORTEST = 1.0
 """Seconds without training that are worth a line."""
@@ -84,7 +84,7 @@ class _Reasons:
     def __init__(self, facts: RunFacts, history: History, line: Series) -> None:
         self._step = line.step
         self._saved = {saved.step for saved in facts.checkpoints}
-        self._ends = {a.last_step: a for a in facts.attempts[:-1] if a.last_step is not None}
+        self._ends = _ends(facts.attempts, history.train.get("attempt"))
         self._evaluations: dict[int, float] = {}
         for name, series in history.eval.items():
             if name.endswith("seconds"):
@@ -106,11 +106,28 @@ class _Reasons:
         if (attempt := self._ends.get(step)) is not None:
             why = f" ({attempt.reason})" if attempt.reason else ""
             parts.append(f"attempt {attempt.number} ended: {attempt.state}{why}")
+            if attempt.done_again:
+                again = count(attempt.done_again, "step")
+                parts.append(f"{again} after the last kept one done again")
         if step in self._evaluations:
             parts.append(f"evaluation, {span(self._evaluations[step])}")
         if step in self._saved:
             parts.append("checkpoint")
         return ", ".join(parts) or "not explained by what was recorded"
+
+
+def _ends(attempts: list[AttemptFacts], series: Series | None) -> dict[int, AttemptFacts]:
+    """The last step that is kept of an attempt -> that attempt; the newest goes on, or has ended
+    the run."""
+    if series is None:
+        return {a.last_step: a for a in attempts[:-1] if a.last_step is not None}
+    known = {attempt.number: attempt for attempt in attempts}
+    last = np.flatnonzero(np.diff(series.value))
+    return {
+        int(series.step[at]): known[int(series.value[at])]
+        for at in last.tolist()
+        if series.value[at] in known
+    }
 
 
 def _median(series: Series | None) -> float | None:

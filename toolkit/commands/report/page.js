@@ -2,6 +2,7 @@
 // Draws every curve of the page on a canvas, again whenever a control changes.
 const data = JSON.parse(document.getElementById("curves").textContent);
 const BANDS = ["#e9f2fb", "#fef3e6", "#edf8ed", "#faeeee"];
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [4, 2]];
 const LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 24;
 const control = name => document.getElementById(name);
 const several = data.runs.length > 1;
@@ -63,10 +64,11 @@ function lines(chart, axis, weight) {
     if (chart.hidden.has(number)) return;
     const color = chart.colors[number];
     const isSmooth = weight > 0 && !curve.exact;
-    found.push({ xs: curve[axis], ys: curve.value, color: color, faint: isSmooth, number: number });
+    const dash = DASHES[(curve.dash || 0) % DASHES.length];
+    found.push({ xs: curve[axis], ys: curve.value, color: color, faint: isSmooth, number: number, dash: dash, few: curve.few });
     if (isSmooth) {
       const base = curve.means || curve;
-      found.push({ xs: base[axis], ys: smoothed(base.value, weight), color: color, faint: false, number: number });
+      found.push({ xs: base[axis], ys: smoothed(base.value, weight), color: color, faint: false, number: number, dash: dash });
     }
   });
   return found;
@@ -84,13 +86,14 @@ function range(all, isLog) {
   if (!ys.length) return null;
   ys.sort((a, b) => a - b);
   let y0 = ys[0], y1 = ys[ys.length - 1];
+  const most = y1;
   // The first steps of a loss curve would leave the rest flat.
   const usual = ys[Math.floor(0.98 * (ys.length - 1))];
   if (ys.length > 50 && y1 - y0 > 2.5 * (usual - y0) && usual > y0) y1 = usual + 0.3 * (usual - y0);
   // Means of a constant differ from it by rounding.
   if (y1 - y0 <= 1e-9 * Math.max(Math.abs(y0), Math.abs(y1))) { y0 -= Math.abs(y0) * 0.05 || 1; y1 += Math.abs(y1) * 0.05 || 1; }
   const pad = 0.04 * (y1 - y0);
-  return { x0: x0, x1: x1 > x0 ? x1 : x0 + 1, y0: y0 - pad, y1: y1 + pad };
+  return { x0: x0, x1: x1 > x0 ? x1 : x0 + 1, y0: y0 - pad, y1: y1 + pad, cut: most > y1 + pad ? most : null };
 }
 
 function draw(chart) {
@@ -121,20 +124,28 @@ function draw(chart) {
   }
   g.textAlign = "center"; g.textBaseline = "top";
   for (const tick of ticks(box.x0, box.x1, 6)) g.fillText(atX(axis, tick), px(tick), TOP + h + 6);
+  if (box.cut !== null) {
+    g.textAlign = "right";
+    g.fillText("cut off above; the greatest is " + short(isLog ? 10 ** box.cut : box.cut), LEFT + w, TOP + 2);
+  }
   g.save(); g.beginPath(); g.rect(LEFT, TOP, w, h); g.clip();
   for (const line of all) {
     g.strokeStyle = g.fillStyle = line.color;
     g.globalAlpha = line.faint ? 0.25 : 1; g.lineWidth = line.faint ? 1 : 1.6;
+    g.setLineDash(line.dash);
     g.beginPath();
-    let isOpen = false, known = 0, last = null;
+    let isOpen = false;
+    const known = [];
     line.xs.forEach((x, n) => {
       const y = line.ys[n];
       if (x === null || y === null || (isLog && y <= 0)) { isOpen = false; return; }
       if (isOpen) g.lineTo(px(x), py(y)); else g.moveTo(px(x), py(y));
-      isOpen = true; known++; last = [px(x), py(y)];
+      isOpen = true; known.push([px(x), py(y)]);
     });
     g.stroke();
-    if (known === 1) { g.beginPath(); g.arc(last[0], last[1], 3, 0, 7); g.fill(); }
+    g.setLineDash([]);
+    if (line.few || known.length === 1)
+      for (const [x, y] of known) { g.beginPath(); g.arc(x, y, 3, 0, 7); g.fill(); }
   }
   g.restore();
 }
@@ -196,14 +207,15 @@ function make(parent, spec) {
   chart.canvas = add(box, "canvas");
   const legend = add(box, "div");
   legend.className = "legend";
-  const isOneEach = new Set(spec.curves.map(c => c.run)).size === spec.curves.length;
   spec.curves.forEach((curve, number) => {
-    let color = data.colors[(isOneEach ? curve.run : number) % data.colors.length];
-    if (!isOneEach && spec.curves.length > data.colors.length)
+    let color = data.colors[(spec.byRun ? curve.run : number) % data.colors.length];
+    if (!spec.byRun && spec.curves.length > data.colors.length)
       color = `hsl(${Math.round(300 * number / spec.curves.length)} 70% 42%)`;
     chart.colors.push(color);
     const entry = add(legend, "span");
-    add(entry, "i").style.background = color;
+    const mark = add(entry, "i");
+    if (curve.dash) { mark.style.height = 0; mark.style.borderTop = "3px dashed " + color; }
+    else mark.style.background = color;
     entry.append(name(curve));
     entry.onclick = () => {
       if (!chart.hidden.delete(number)) chart.hidden.add(number);

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from markupsafe import Markup
 
-from toolkit.commands.chart import shown
+from toolkit.commands.report import tables
 from toolkit.commands.report.charts import Axes, Chart, Curve
 from toolkit.commands.report.reading import Report, RunReport
 from toolkit.commands.runs import compare
@@ -82,7 +82,9 @@ def html(report: Report) -> str:
         letters=[*LETTERS, *["-"] * len(report.runs)],
         script=Markup((_FOLDER / "page.js").read_text()),
         data=Markup(_embedded(report)),
-        overview=_overview,
+        overview=tables.overview(report.runs),
+        evaluations=tables.evaluations(report.runs),
+        data_of_runs=tables.data(report.runs),
         commands=_commands,
         shown_difference=compare.shown,
     )
@@ -154,13 +156,18 @@ def _first_time(report: Report, run: int) -> float:
 
 def _chart(chart: Chart, start: list[float]) -> dict[str, Any]:
     curves = [_curve(curve, start[curve.run]) for curve in chart.curves]
-    return {"title": visible(chart.title), "log": chart.is_log, "curves": curves}
+    found = {"title": visible(chart.title), "log": chart.is_log, "curves": curves}
+    return found | ({"byRun": True} if chart.is_by_run else {})
 
 
 def _curve(curve: Curve, start: float) -> dict[str, Any]:
     found = {"run": curve.run, "label": visible(curve.label), **_columns(curve.points, start)}
     if curve.is_exact:
         found["exact"] = True
+    if curve.is_few:
+        found["few"] = True
+    if curve.dash:
+        found["dash"] = curve.dash
     if curve.means is not None:
         found["means"] = _columns(curve.means, start)
     return found
@@ -190,52 +197,6 @@ def _place(axes: Axes | None, start: float) -> dict[str, Any] | None:
     return {"step": axes.step, "tokens": axes.tokens, "time": time}
 
 
-def _overview(run: RunReport) -> dict[str, str]:
-    """The first table of the page; rows of which nothing is known are left out."""
-    facts, record, progress = run.facts, run.facts.record, run.facts.progress
-    state = record.state
-    if facts.status.exit_reason not in (None, "done") and state != "running":
-        state += f" ({facts.status.exit_reason})"
-    if facts.status.message:
-        state += f": {mask_secrets(facts.status.message)}"
-    val = best = ""
-    if progress.val_loss is not None:
-        val = f"{progress.val_loss:.6g} ({progress.val_name}, step {progress.val_step:,})"
-    if progress.best_val_loss is not None:
-        best = f"{progress.best_val_loss:.6g} (step {progress.best_val_step:,})"
-    machine = f"{record.engine} x {record.world_size}" if record.engine else ""
-    precision = facts.engine.get("precision")
-    rows = {
-        "state": state,
-        "id": facts.id,
-        "folder": facts.folder,
-        "mirror": str(mask_secrets(record.mirror)) if record.mirror else "",
-        "tags": ", ".join(facts.tags),
-        "note": facts.note,
-        "started": record.created,
-        "duration": "" if facts.seconds is None else span(facts.seconds),
-        "steps": "" if record.step is None else f"{record.step:,}",
-        "tokens": "" if record.tokens is None else f"{record.tokens:,}",
-        "training loss": "" if record.loss is None else f"{record.loss:.6g}",
-        "validation loss": val,
-        "best validation loss": best,
-        "steps whose loss is no number": str(run.not_finite) if run.not_finite else "",
-        "parameters": "" if record.parameters is None else shown(record.parameters),
-        "engine x processes": f"{machine} ({precision})" if precision and machine else machine,
-        "host": record.host,
-        "code": _code(facts.git),
-    }
-    return {name: text for name, text in rows.items() if text}
-
-
-def _code(git: dict[str, Any]) -> str:
-    if not git.get("commit"):
-        return ""
-    branch = f" on {git['branch']}" if git.get("branch") else ""
-    dirty = ", with uncommitted changes" if git.get("dirty") else ""
-    return f"{git['commit']}{branch}{dirty}"
-
-
 def _commands(run: RunReport) -> list[str]:
     """What makes the run again, as far as the folder tells."""
     facts, lines = run.facts, []
@@ -250,6 +211,9 @@ def _commands(run: RunReport) -> list[str]:
         words = [str(word) for word in argv[1:]]
         lines.append(f"# as it was typed, in {visible(str(facts.command.get('cwd', '?')))}")
         lines.append(shlex.join(["toolkit", *words]))
+    for resume in facts.resumes:
+        typed = shlex.join(["toolkit", *map(str, resume["argv"][1:])])
+        lines.append(f"# attempt {resume.get('attempt', '?')} went on: {visible(typed)}")
     stored = shlex.quote(str(Path(facts.folder) / RUN_FILES.config))
     again = shlex.quote(f"{facts.record.name}-again")
     lines += ["# the same config, every value as it was", f"toolkit train {stored} --name {again}"]

@@ -74,7 +74,10 @@ def _png(report: Report, chart: Chart, axis: str) -> bytes:
     low, high = float(every.min()), float(every.max())
     usual = float(np.quantile(every, 0.98))
     if len(every) > 50 and high - low > 2.5 * (usual - low) > 0:
-        high = usual + 0.3 * (usual - low)  # the first steps would leave the rest flat
+        # The first steps would leave the rest flat.
+        most, high = high, usual + 0.3 * (usual - low)
+        text = f"cut off above; the greatest is {10**most if chart.is_log else most:.5g}"
+        canvas.text((_SIZE[0] - _RIGHT, 18), text, "#444444", font, anchor="ra")
     if high == low:
         low, high = low - (abs(low) * 0.05 or 1), high + (abs(high) * 0.05 or 1)
     width, height = _SIZE[0] - _LEFT - _RIGHT, _SIZE[1] - _TOP - _BOTTOM
@@ -97,11 +100,14 @@ def _png(report: Report, chart: Chart, axis: str) -> bytes:
     words = {"step": "steps", "tokens": "tokens", "time": "seconds"}[axis]
     canvas.text((_LEFT + width / 2, _SIZE[1] - 24), words, "black", font, anchor="ma")
     for number, (curve, xs, ys, means) in enumerate(curves):
-        color = COLORS[number % len(COLORS)]
+        color = COLORS[(curve.run if chart.is_by_run else number) % len(COLORS)]
         if means is not None:
             _line(canvas, place, xs - since.get(curve.run, 0.0), ys, _pale(color))
             xs, ys = _known(means, axis, is_log=chart.is_log)
-        _line(canvas, place, xs - since.get(curve.run, 0.0), ys, color)
+        across = xs - since.get(curve.run, 0.0)
+        _line(canvas, place, across, ys, _pale(color) if curve.dash else color)
+        if curve.dash or curve.is_few or len(xs) == 1:
+            _dots(canvas, place, across, ys, color)
         if number < _MOST_NAMES:
             name = _name(report, curve.run, curve.label)
             canvas.text((_LEFT + width + 10, _TOP + 18 * number), name[:28], color, font)
@@ -124,11 +130,13 @@ def _known(series: Series, axis: str, *, is_log: bool) -> tuple[np.ndarray, np.n
 
 def _line(canvas: Any, place: Any, xs: np.ndarray, ys: np.ndarray, color: str) -> None:
     points = list(_places(place, xs, ys))
-    if len(points) == 1:
-        x, y = points[0]
-        canvas.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-    elif points:
+    if len(points) > 1:
         canvas.line(points, color, width=2, joint="curve")
+
+
+def _dots(canvas: Any, place: Any, xs: np.ndarray, ys: np.ndarray, color: str) -> None:
+    for x, y in _places(place, xs, ys):
+        canvas.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
 
 
 def _places(place: Any, xs: np.ndarray, ys: np.ndarray) -> Iterator[tuple[float, float]]:

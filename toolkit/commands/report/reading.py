@@ -93,6 +93,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     throughput: Throughput
     events: list[Event]
     settings: list[Setting]
+    epochs: float | None
+    """Passes over the data so far."""
     not_finite: int
     """Steps whose loss is no number."""
 
@@ -140,7 +142,7 @@ def read_report(folders: Sequence[Path]) -> Report:
 
 def _run(title: str, facts: RunFacts, history: History) -> RunReport:
     folder = Path(facts.folder)
-    loss = history.train.get("loss")
+    loss, epoch = history.train.get("loss"), history.train.get("epoch")
     return RunReport(
         title=title,
         facts=facts,
@@ -150,6 +152,7 @@ def _run(title: str, facts: RunFacts, history: History) -> RunReport:
         throughput=throughput(facts, history),
         events=_events(facts, loss),
         settings=_settings(facts),
+        epochs=None if epoch is None or not len(epoch.value) else float(epoch.value[-1]),
         not_finite=0 if loss is None else int((~np.isfinite(loss.value)).sum()),
     )
 

@@ -12,6 +12,7 @@ from toolkit.commands.runs.listing import flat
 from toolkit.config import convert
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import ConfigError
+from toolkit.experiment.changes import is_same_place
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.metrics.history import Series, read_history
 from toolkit.runs.facts import RunFacts, run_facts
@@ -94,7 +95,9 @@ def compare(
     configs = [_whole(run.config) for run in runs]
     return Comparison(
         runs=runs,
-        config=differences(configs, left_out=left_out, origins=[run.origins for run in runs]),
+        config=_elsewhere(
+            differences(configs, left_out=left_out, origins=[run.origins for run in runs]), runs
+        ),
         code=differences([_code(run) for run in runs]),
         data=differences([run.data for run in runs], left_out=("batch", "segments", "sources")),
         engine=differences([run.engine for run in runs]),
@@ -135,6 +138,19 @@ def differences(
             shown_values = [mask_secrets({name: value})[name] for value in values]
             found.append(Difference(path, shown_values, [origin_of(o, path) for o in origins]))
     return found
+
+
+def _elsewhere(found: list[Difference], runs: Sequence[RunFacts]) -> list[Difference]:
+    """Without the paths that lead to the same place from where each run was started."""
+    folders = [Path(run.cwd or "/") for run in runs]
+    return [
+        difference
+        for difference in found
+        if not all(
+            is_same_place(difference.values[0], value, folders[0], folder)
+            for value, folder in zip(difference.values[1:], folders[1:], strict=True)
+        )
+    ]
 
 
 def part(run: RunFacts, first: Series, other: Series, tolerance: float) -> Parting:

@@ -158,10 +158,9 @@ def _code(run: RunFacts) -> list[str]:
 
 
 def _command(run: RunFacts) -> list[str]:
-    argv = run.command.get("argv")
-    if not isinstance(argv, list) or len(argv) < 2:
-        return []
-    return [shlex.join(["toolkit", *(str(word) for word in argv[1:])])]
+    typed = [one.get("argv") for one in (run.command, *run.resumes)]
+    known = [argv for argv in typed if isinstance(argv, list) and len(argv) > 1]
+    return list(dict.fromkeys(shlex.join(["toolkit", *map(str, argv[1:])]) for argv in known))
 
 
 def _given(run: RunFacts) -> list[str]:
@@ -193,6 +192,8 @@ def _attempt(attempt: AttemptFacts) -> str:
     if attempt.last_step is not None:
         first = f"steps {attempt.first_step:,} to " if attempt.first_step is not None else "step "
         text += f", {first}{attempt.last_step:,}"
+    if attempt.done_again:
+        text += f" (the last {attempt.done_again:,} done again)"
     text += f", {attempt.state}"
     if attempt.reason not in (None, "done") and attempt.state != "running":
         text += f" ({attempt.reason})"

@@ -1,6 +1,7 @@
 """Which settings decide what token files hold, and whether those on disk were built with them."""
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,10 @@ def check_settings(
             differences = ["the text of dataset.source has changed"]
     if differences:
         raise DataError(
-            f"{prepared.folder}: its token files were built with other settings "
-            f"({'; '.join(differences)}); give another dataset.dataset_config name, delete the "
-            "folder to build it anew, or use it as it is with dataset.source=null"
+            f"{prepared.folder}: to build its token files anew, remove them "
+            f"(rm -r {shlex.quote(str(prepared.folder))}) and repeat this command: they were built "
+            f"with other settings ({'; '.join(differences)}). To keep them, give another "
+            "dataset.dataset_config, or use them as they are with dataset.source=null"
         )
 
 

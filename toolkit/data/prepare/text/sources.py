@@ -147,13 +147,19 @@ def plan_source(
 def source_fingerprint(source: SourceConfig) -> str | None:
     """`Plan.fingerprint` of a source; None for the hub, and for files on other machines that do not
     answer at once: no start may depend on the network."""
-    if isinstance(source, HubSourceConfig):
+    if not is_compared(source):
         return None
     if any(map(is_url, getattr(source, "paths", []))):
-        if isinstance(source, TokenFilesSourceConfig):
-            return named(f"{_ROOM}.token_files:fingerprint_if_reached")(source)
-        return None
+        return named(f"{_ROOM}.token_files:fingerprint_if_reached")(source)
     return fingerprint_files(list_files(source).files)
+
+
+def is_compared(source: SourceConfig) -> bool:
+    """Whether a start asks if the text has changed since its token files were made."""
+    is_far = any(map(is_url, getattr(source, "paths", [])))
+    return not isinstance(source, HubSourceConfig) and (
+        not is_far or isinstance(source, TokenFilesSourceConfig)
+    )
 
 
 def is_gone(source: SourceConfig | None) -> bool:
