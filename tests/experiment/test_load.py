@@ -44,6 +44,7 @@ def test_a_preset_flag_replaces_the_model_but_not_other_model_flags() -> None:
         **PRESETS["llama_271M"],
         "num_layers": 3,
         "loss_chunk_size": None,
+        "num_scores": None,
     }
     assert loaded.origins["model.num_layers"] == "--model.num_layers=3"
     assert loaded.origins["model.d_model"] == "--model.preset=llama_271M"
