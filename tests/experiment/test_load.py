@@ -95,7 +95,7 @@ def test_a_file_hides_a_recipe_of_the_same_name(
     [
         (["quickstrt"], "quickstrt: no such recipe or file; did you mean 'quickstart'?"),
         (["quickstart.json"], "quickstart.json: no such file; did you mean 'quickstart'?"),
-        (["zzz"], "zzz: no such recipe or file; recipes: continue_pretraining, finetune, "),
+        (["zzz"], "zzz: no such recipe or file; recipes: continue_pretraining, distill, dpo, "),
         (["quickstart", ["--model.preset=llama_271m"]], "model.preset: 'llama_271m': no such"),
         (["quickstart", ["--seed=-1"]], "seed: must lie between 0 and 2^64 - 1, not -1"),
         (["quickstart", ["--sed=1"]], "no such option: --sed; did you mean --seed?"),
