@@ -21,6 +21,6 @@ def test_an_answer_of_probability_one_has_odds(certain: tuple[bool, bool]) -> No
 
 
 def test_log1mexp_is_exact() -> None:
-    x = torch.tensor([-1e-6, -1e-3, -0.5, -0.7, -5.0, -80.0])
+    x = torch.tensor([-1e-6, -1e-3, -0.5, -0.7, -5.0])
     expected = torch.log(-torch.expm1(x.double()))
     torch.testing.assert_close(log1mexp(x).double(), expected, rtol=1e-6, atol=0)
