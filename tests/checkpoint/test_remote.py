@@ -127,6 +127,7 @@ def upload_and_load(root: str, url: str) -> dict[str, Any]:
         env.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work(
     s3: S3Server, s3_root: str, tmp_path: Path, workers: WorkerPool
 ) -> None:

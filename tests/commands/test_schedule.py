@@ -17,6 +17,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_points_are_what_a_run_records(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

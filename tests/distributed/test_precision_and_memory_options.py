@@ -80,6 +80,7 @@ def test_compiled_model_trains_alike(
     assert got == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_with_the_hooks_of_zero3_is_compiled(workers: WorkerPool) -> None:
     """Around each of which there are graphs: of one block on one rank, whose kernels stay torch's,
     as more of them take half a minute (`slow`, above)."""

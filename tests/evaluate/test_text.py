@@ -172,6 +172,7 @@ def run(model: Any, **settings: Any) -> list[int]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_transformers_samples_by_seed_and_greedily(folder: Path) -> None:
     model = TransformersContinuation(load_causal_lm(folder, dtype=torch.float32))
     assert (model.context, model.vocab_size, model.stop_ids) == (64, 258, {EOS})
