@@ -22,7 +22,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.config import TrainerConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.scores import check_result, scores_of
+from toolkit.train.scores import check_metrics, check_result, scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,13 @@ class TrainState:
             reductions,
             stream=stream,
             shared={"tokens": self.tokens, "time": time.time()},
+        )
+
+    def check_metrics(self) -> None:
+        """Raise ConfigError where no evaluation gives what a setting names."""
+        results = self.train_module.eval_results
+        check_metrics(
+            self.config, self.eval_loaders, has_own_parts=self.has_own_parts, results=results
         )
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ MODEL = {
     "intermediate_size": 48, "max_sequence_length": 128,
 }  # fmt: skip
 
+SAVER = "trainer.callbacks.checkpointer"
+BEST = "best_metric=val/reward_accuracy"
+
 
 def write_rows(root: Path) -> None:
     words = ["red", "blue", "green", "one", "two", "three"]
@@ -114,7 +117,8 @@ def losses(folder: Path) -> list[float]:
 
 def test_dpo_resumes_to_the_bit_with_its_table_and_without(workers: WorkerPool, root: Path) -> None:
     dpo = {"type": "dpo"}
-    assert workers.run(1, start, str(root), dpo, "whole", [])[0] == 0
+    best = [f"--{SAVER}.{line}" for line in ("keep_best=1", "best_mode=max", BEST)]
+    assert workers.run(1, start, str(root), dpo, "whole", best)[0] == 0
     expected = losses(root / "whole")
     assert expected[0] == pytest.approx(0.6931472, abs=1e-6)
     assert expected[-1] < expected[0]
@@ -190,6 +194,7 @@ def test_a_plan_counts_the_teacher(root: Path) -> None:
         ({"type": "kto"}, ["--dataset.instructions.kind=preference"], "kto needs"),
         ({"type": "orpo"}, ["--model.num_scores=1"], "is of reward models"),
         ({"type": "reward"}, ["--train_module.lora.rank=2"], "add head.score.weight"),
+        ({"type": "reward"}, [f"--{SAVER}.best_metric=val/ppl"], "val/loss, val/reward_accuracy"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_training(

@@ -24,7 +24,6 @@ from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import CheckpointerConfig
 from toolkit.train.saving import begin_save
-from toolkit.train.scores import check_metrics
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Checkpointer(Callback):
 
     def pre_train(self) -> None:
         state = self.state
-        check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
+        state.check_metrics()
         self._saved_at = state.saved_step
 
     def pre_optim_step(self) -> None:

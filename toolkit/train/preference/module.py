@@ -39,6 +39,7 @@ from toolkit.train.preference.documents import (
 )
 from toolkit.train.preference.losses import Answers, Parts
 from toolkit.train.preference.reference import References
+from toolkit.train.scores import results_of
 from toolkit.train.transformer import TransformerTrainModule
 
 _MEANS_OF_TOKENS = {"nll_loss": "nll_tokens"}
@@ -71,6 +72,7 @@ class PreferenceTrainModule(TransformerTrainModule):
             head: Any = getattr(model, "head")  # noqa: B009
             head.loss = TokenLogProbs(head.loss)
         super().__init__(config, model, environment=environment)
+        self.eval_results = results_of(config)
         self._reference = References(self) if isinstance(self.objective, WithReference) else None
         self._eval_kl: Tensor | None = None
 
