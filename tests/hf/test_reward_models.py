@@ -3,21 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
 
+from tests.hf.test_source import save
 from tests.tiny import tiny_model
 from toolkit.errors import CheckpointError
 from toolkit.hf.choose import choose_family
 from toolkit.hf.compare import compare_with_transformers
-from toolkit.hf.export import export_hf
+from toolkit.hf.export import export_hf, export_source
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.source import find_source, source_tensors
-from toolkit.models.config import GPTConfig, ModelConfig
+from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
 from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
+from toolkit.models.lora_config import LoRAConfig
+from toolkit.train.adapter_base import describe_base
 
 QWEN3_5: dict[str, Any] = {
     "qk_norm": "per_head",
@@ -53,6 +57,39 @@ def test_scores_are_equal_and_come_back(tmp_path: Path, name: str) -> None:
     vocab = config.vocab_size
     for key, tensor in tensors.items():
         assert torch.equal(back[key][:vocab], tensor[:vocab]), key
+
+
+@pytest.mark.parametrize(
+    ("base", "whole"),
+    [
+        (tiny_model(vocab_multiple=1), True),
+        (tiny_model(vocab_multiple=1, tie_embeddings=True), True),
+        (tiny_model(vocab_multiple=1, num_scores=1), False),
+    ],
+    ids=["language model", "tied", "scored"],
+)
+def test_an_adapter_is_merged_into_a_language_model_or_a_scored_one(
+    tmp_path: Path, base: TransformerConfig, whole: bool
+) -> None:
+    lora = LoRAConfig(rank=2, alpha=4.0, train_also=("head.score.weight",) if whole else ())
+    stored = save(tmp_path / "base", 0, base.build(seed=1))
+    layer, width = "blocks.0.attention.query", base.d_model
+    tensors = {f"{layer}.lora_A.weight": torch.randn(2, width)}
+    tensors[f"{layer}.lora_B.weight"] = torch.randn(width, 2)
+    if whole:
+        tensors["head.score.weight"] = torch.randn(1, width)
+    scored = base.replace(num_scores=1).build(init_device="meta")
+    record = msgspec.to_builtins(describe_base(stored))
+    adapter = {"adapter": msgspec.to_builtins(lora), "base": record}
+    source = find_source(save(tmp_path / "tuned", 3, scored, tensors=tensors, **adapter))
+    merged = export_source(source, tmp_path / "merged", merge_adapter=True, check=True)
+    assert (merged.not_checked, merged.gives_scores) == (None, True)
+    if whole:
+        with pytest.raises(CheckpointError, match="export the merged model instead"):
+            export_source(source, tmp_path / "alone", check=True)
+    else:
+        alone = export_source(source, tmp_path / "alone", check=True)
+        assert (alone.not_checked, alone.gives_scores) == (None, True)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)

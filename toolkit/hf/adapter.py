@@ -21,6 +21,7 @@ from toolkit.hf.family import STACKED, Family, Rule
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import TOKENS, is_adapter, parameter_shapes
+from toolkit.models.shapes import HEAD, SCORE
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -52,11 +53,14 @@ def merged(
     tokens were trained.
 
     `adapter` holds the adapter's tensors by our names and, whole, the parameters trained besides
-    (`train_also`), which take the place of the base's. Raises CheckpointError: a tensor of the
+    (`train_also`), which take the place of the base's; so does the head of a reward model, which
+    comes last where the base is a language model. Raises CheckpointError: a tensor of the
     adapter belongs to none of the base's, or has another shape."""
     unused = set(adapter)
     for name, tensor in base:
         layer = name.removesuffix(".weight")
+        if name == HEAD and SCORE in adapter:
+            continue
         if name in adapter:
             _check_shape(name, adapter[name].shape, tensor.shape)
             tensor = adapter[name]
@@ -64,6 +68,9 @@ def merged(
             tensor = _changed(name, tensor, layer, adapter, lora)
         yield name, tensor
         unused -= {name, *(layer + suffix for suffix in (A_SUFFIX, B_SUFFIX, MAGNITUDE, ROWS))}
+    if SCORE in unused:
+        unused.remove(SCORE)
+        yield SCORE, adapter[SCORE]
     if unused:
         raise CheckpointError(f"{min(unused)}: the base has no weight for it; it is another model")
 
@@ -252,7 +259,8 @@ def _peft_config(
     tokens = {m.name: list(lora.trainable_tokens) for m in modules if m.rank is None}
     common: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "task_type": TaskType.CAUSAL_LM,
+        # By SEQ_CLS peft asks the adapter for a head, which is the base's own.
+        "task_type": TaskType.CAUSAL_LM if model.num_scores is None else None,
         "inference_mode": True,
     }
     if not ranks:

@@ -303,7 +303,7 @@ def _export_adapter(
             not_checked = _compare_adapter(source, source.lora, unfinished, folder, dtype, check)
         return Exported(
             Path(folder),
-            family.architecture,
+            family.class_of(source.config.to_transformer()),
             dtype or torch.float32,
             *_weight_files(unfinished),
             has_tokenizer=source.tokenizer_folder is not None,
