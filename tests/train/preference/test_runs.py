@@ -167,6 +167,12 @@ def test_a_reward_model_is_saved_resumed_and_exported(workers: WorkerPool, root:
     names = {name for name, _ in iterate_tensors(checkpoint / "model_and_optim", "model.")}
     assert "head.score.weight" in names
     assert "head.weight" not in names
+    # Its head is not new: an adapter alone goes on from it.
+    stopping = "trainer.callbacks.early_stopping"
+    flags = [f"--trainer.load_path={checkpoint}", f"--{stopping}.enabled=true"]
+    flags += [f"--{stopping}.metric=val/reward_accuracy", f"--{stopping}.mode=max"]
+    assert workers.run(1, start, str(root), reward, "lora_of_scores", flags)[0] == 0
+    assert (root / "lora_of_scores/checkpoints/step4/hf/adapter_config.json").is_file()
 
 
 def test_a_plan_counts_the_teacher(root: Path) -> None:
