@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from toolkit.config import Config
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
@@ -120,10 +121,26 @@ def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """All parts of `one` in which `other` differs, as "name value"."""
     second = defining_values(other)
     return [
-        f"{name} {value!r}"
+        text
         for name, value in defining_values(one).items()
         if not _equal(value, second[name])
+        for text in _told(name, value, second[name])
     ]
+
+
+def _told(name: str, value: Any, other: Any) -> list[str]:
+    """A value in which another model differs; of a part with fields of its own, those that do."""
+    if not (isinstance(value, tuple) and value and isinstance(value[-1], Config)):
+        return [f"{name} {value!r}"]
+    layers, part = value
+    if not other:
+        return [name]
+    fields = [
+        f"{name}.{field} {getattr(part, field)!r}"
+        for field in part.__struct_fields__
+        if getattr(part, field) != getattr(other[-1], field)
+    ]
+    return fields or [f"{name} in layers {', '.join(map(str, layers))}"]
 
 
 def _equal(one: Any, other: Any) -> bool:
