@@ -47,6 +47,10 @@ YARN = YarnRopeConfig(factor=4, original_max_position_embeddings=16)
         (PLAIN.replace(qk_norm="full", norm_placement="reordered", **MIXED), "olmo3"),
         (PLAIN.replace(rotary_fraction=0.5), "phi3"),
         (PLAIN.replace(rope_pattern=("rope", "rope", "rope", "none")), "smollm3"),
+        (
+            PLAIN.replace(rope_pattern=("none",), norm_placement="reordered", qk_norm="per_head"),
+            "exaone4",
+        ),
         (PLAIN.replace(residual_scale=0.2, logit_scale=0.1), "granite"),
         (PLAIN.replace(attention_scale=0.3, embedding_scale=4.0), "granite"),
         (PLAIN.replace(rotary_fraction=0.5, qkv_bias=True, head_dim=16), "glm"),
