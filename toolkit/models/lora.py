@@ -54,16 +54,17 @@ def choose_trained(
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the forward of `model` is that of the base: linear layers, embeddings, experts and
-    head as if there were no adapters. (What `train_also` names has changed all the same.)"""
+    head as if there were no adapters. (What `train_also` names has changed all the same.)
+    Afterwards dropout is as before: blocks of an earlier forward may be computed again."""
     state: AdapterState | None = getattr(model, "adapters", None)
     if state is None:
         yield
         return
-    state.is_off = True
+    keys, state.is_off = state.keys, True
     try:
         yield
     finally:
-        state.is_off = False
+        state.keys, state.is_off = keys, False
 
 
 def _add_adapters(model: Transformer, config: LoRAConfig) -> None:

@@ -7,7 +7,11 @@ import pytest
 from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_steps
 from tests.train.preference.made import unit_batch
 from tests.workers import WorkerPool
-from toolkit.distributed.config import ContextParallelConfig, TensorParallelConfig
+from toolkit.distributed.config import (
+    ActivationCheckpointingConfig,
+    ContextParallelConfig,
+    TensorParallelConfig,
+)
 from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import SGDConfig
@@ -26,6 +30,9 @@ OBJECTIVES: dict[str, Any] = {
     "simpo": SimPOConfig(),
     "reward": RewardConfig(centering=0.1),
 }
+OF_ADAPTERS: dict[str, Any] = {
+    "kto of base": KTOConfig(beta=1.0, reference_log_probs="base"),
+}
 STEPS = 2
 
 
@@ -42,11 +49,12 @@ def histories(
     found = {}
     try:
         for name in names:
-            objective = OBJECTIVES[name]
+            objective = (OBJECTIVES | OF_ADAPTERS)[name]
             scores = {"num_scores": 1} if name == "reward" else {}
             module = build(base.replace(objective=objective), environment, **model, **scores)
+            how = {"unit": objective.unit, "with_reference": name not in OF_ADAPTERS}
             found[name] = train_steps(
-                module, 0, STEPS, lambda step, unit=objective.unit: unit_batch(step, unit=unit)
+                module, 0, STEPS, lambda step, how=how: unit_batch(step, **how)
             )
     finally:
         environment.close()
@@ -108,3 +116,12 @@ def test_adapters_and_experts_agree(workers: WorkerPool) -> None:
     }
     expected = workers.run(1, histories, "single", ROWS, ["dpo"], changes)[0]
     assert_agree(workers.run(2, histories, "fsdp", 2, ["dpo"], changes)[0], expected)
+
+
+def test_dropout_is_the_same_in_every_microbatch() -> None:
+    """Also where blocks are computed again after the reference has run."""
+    names = ["orpo", "kto of base"]
+    lora = LoRAConfig(rank=4, dropout=0.3, target_modules=("*.attention.*",))
+    expected = histories("single", ROWS, names, {"lora": lora})
+    again = {"lora": lora, "ac_config": ActivationCheckpointingConfig(mode="full")}
+    assert_agree(histories("single", 3, names, again), expected)

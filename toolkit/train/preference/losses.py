@@ -97,7 +97,9 @@ def reward(config: RewardConfig, chosen: Tensor, rejected: Tensor) -> Parts:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact at both ends (Maechler 2012)."""
+    """log(1 - exp(x)) for x <= 0, exact at both ends (Maechler 2012). A probability that is rounded
+    to 1 counts as the next smaller one, which keeps the result and its gradient finite."""
+    x = x + (x.clamp(max=-torch.finfo(x.dtype).eps) - x).detach()
     near_zero = x > -math.log(2.0)
     # Each branch sees values that it is exact for: a gradient of the other one may be NaN.
     small = torch.log(-torch.expm1(x.where(near_zero, -1.0)))
