@@ -230,7 +230,7 @@ def test_patterns_that_match_nothing_are_named(settings: dict[str, Any], message
         (
             {"rank": 64, "target_modules": ("*.attention.*",)},
             {},
-            r"rank: 64 is more than blocks\.0\.attention\.key has \(16 x 32\); use at most 16",
+            r"rank: 64 is more than blocks\.0\.attention\.key has \(16 x 32\); use at most 16, or ",
         ),
         ({"dora": True}, MOE, r"dora: does not go with adapters on experts \(blocks\.0\.feed_fo"),
         ({"dropout": 0.1}, MOE, r"dropout: 0\.1 does not go with adapters on experts \(blocks"),

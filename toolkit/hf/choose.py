@@ -121,26 +121,26 @@ def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """All parts of `one` in which `other` differs, as "name value"."""
     second = defining_values(other)
     return [
-        text
+        part
         for name, value in defining_values(one).items()
         if not _equal(value, second[name])
-        for text in _told(name, value, second[name])
+        for part in _parts(name, value, second[name])
     ]
 
 
-def _told(name: str, value: Any, other: Any) -> list[str]:
-    """A value in which another model differs; of a part with fields of its own, those that do."""
-    if not (isinstance(value, tuple) and value and isinstance(value[-1], Config)):
+def _parts(name: str, value: Any, other: Any) -> list[str]:
+    """What differs: a field, or of (layers, their config) what is not alike in them."""
+    if not isinstance(value, tuple) or not value or not isinstance(value[-1], Config):
         return [f"{name} {value!r}"]
-    layers, part = value
-    if not other:
+    if other is None:
         return [name]
-    fields = [
-        f"{name}.{field} {getattr(part, field)!r}"
-        for field in part.__struct_fields__
-        if getattr(part, field) != getattr(other[-1], field)
+    (layers, own), (other_layers, others) = value, other
+    found = [f"layers of {name} {layers}"] if layers != other_layers else []
+    return found + [
+        f"{name}.{field} {getattr(own, field)!r}"
+        for field in own.__struct_fields__
+        if not _equal(getattr(own, field), getattr(others, field))
     ]
-    return fields or [f"{name} in layers {', '.join(map(str, layers))}"]
 
 
 def _equal(one: Any, other: Any) -> bool:
