@@ -30,7 +30,6 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging as hf_logging
-from trl import DPOConfig, DPOTrainer
 
 from toolkit.models.config import TransformerConfig
 from toolkit.optim.config import AdamWConfig
@@ -38,6 +37,12 @@ from toolkit.optim.schedules import ConstantConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 from toolkit.train.preference.config import DPOConfig as Objective
+
+try:
+    from trl import DPOConfig, DPOTrainer
+except ImportError:
+    print("left out: pip install trl==1.16.0")
+    raise SystemExit from None
 
 VOCAB, WIDTH, LAYERS, HEADS, INNER = 4096, 256, 4, 4, 704
 ROW, ROWS, PAIRS_A_STEP = 1024, 4, 8

@@ -35,8 +35,8 @@ from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import resolve_layout
 from toolkit.models import attention, loss, norms, projections, rope, shapes, weight_gradient
 from toolkit.models.config import ModelConfig, TransformerConfig
+from toolkit.models.layer_inputs import layer_inputs
 from toolkit.models.presets import PRESETS
-from toolkit.models.transformer import layer_inputs
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.models import grouped
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 
 VOCAB = 4_096
 Step = Callable[[], None]

@@ -33,8 +33,8 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.environment import TrainingEnvironment, prepare_training_environment
 from toolkit.distributed.layout import resolve_layout
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.optim.config import MuonConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress

@@ -22,8 +22,9 @@ from rich.table import Table
 from toolkit.distributed.tuning import keep_freed_memory, take_fast_products
 from toolkit.models.attention import attend
 from toolkit.models.compile import compile_model
+from toolkit.models.layer_inputs import layer_inputs
 from toolkit.models.loss import LinearCrossEntropy
-from toolkit.models.transformer import Transformer, layer_inputs
+from toolkit.models.transformer import Transformer
 
 SQUARE = 1024
 

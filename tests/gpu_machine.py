@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.distributed.environment import TrainingEnvironment, is_fast_at_bf16
 from toolkit.distributed.layout import Layout
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.module import Progress
 from toolkit.train.transformer import TransformerTrainModule

@@ -10,7 +10,7 @@ from toolkit.autotune import choose as choosing
 from toolkit.autotune.choices import Choices, Timings, fastest, pays_to_compile
 from toolkit.autotune.choose import choose, decide, describe, recorded_for, unmeasured
 from toolkit.autotune.question import Aspect, Product, Question, work_of
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.shapes import flops_per_token
 
 BF16 = Timings(precision={"fp32": 0.2, "bf16": 0.1}, threads={4: 1.0, 2: 0.5})

@@ -23,7 +23,7 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig, OptimConfig, SGDConfig
 from toolkit.train.config import TransformerTrainModuleConfig

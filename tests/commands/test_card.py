@@ -17,7 +17,7 @@ from toolkit.commands.card import (
 from toolkit.data.config import DataLoaderConfig, DatasetConfig, FilesSourceConfig
 from toolkit.data.order.schedule import BatchSizeChangeConfig
 from toolkit.experiment.load import load_experiment
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import parameter_shapes
 
 

@@ -28,8 +28,9 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.shards import local_tensor
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig, TransformerConfig
+from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import quantised_layers, trained_parameters
 from toolkit.models.quantised import quantised_linears
 from toolkit.optim.config import AdamWConfig, MuonConfig, NorMuonConfig

@@ -14,7 +14,7 @@ from toolkit.commands.plan.job import Job, ModelParts, state_tensors_of, type_of
 from toolkit.commands.plan.pieces import states
 from toolkit.config import convert
 from toolkit.distributed.layout import Layout
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.parameters import trained_parameters
 from toolkit.optim.config import OptimConfig
 

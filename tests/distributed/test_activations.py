@@ -23,7 +23,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.distributed.environment import single_environment
 from toolkit.distributed.materialize import materialize
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
 FULL = ActivationCheckpointingConfig()

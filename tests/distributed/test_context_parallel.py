@@ -10,9 +10,9 @@ import torch.distributed as dist
 from tests.workers import WorkerPool
 from toolkit.distributed.context_parallel import apply_context_parallel
 from toolkit.distributed.process_groups import close_process_groups, open_process_groups
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 VOCAB, SEQ, ROWS = 60, 32, 2

@@ -8,7 +8,7 @@ import torch
 from tests.tiny import ROWS, SEQ, build, global_batch, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
-from toolkit.models.architecture import DeltaNetConfig
+from toolkit.models.layer_configs import DeltaNetConfig
 
 STEPS = 4
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]

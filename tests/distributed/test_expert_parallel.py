@@ -18,9 +18,9 @@ from toolkit.distributed.engine import Engine, Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.shards import ShardSpec, flat_runs, local_boxes, local_tensor
 from toolkit.models import compile as compiling
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.feed_forward import Experts
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.optim.config import AdamWConfig
 

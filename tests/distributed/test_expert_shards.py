@@ -9,8 +9,8 @@ from tests.tiny import build, module_config, open_environment, tiny_model
 from tests.workers import WorkerPool
 from toolkit.distributed.shards import ShardSpec, draw_initial_values
 from toolkit.distributed.sizes import LARGEST_SHARE, sharded_dimension
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.init import BLOCK_SIZE, canonical_parameters
+from toolkit.models.layer_configs import MoEConfig
 
 SEED = 3
 ODD = {"d_model": 31, "num_heads": 1, "num_key_value_heads": 1, "head_dim": 4}

@@ -17,7 +17,7 @@ from toolkit.distributed.config import DataParallelConfig, ExpertParallelConfig
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import resolve_layout
 from toolkit.distributed.materialize import materialize
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 
 RANKS = 4
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=8)

@@ -21,9 +21,9 @@ from toolkit.distributed.config import (
     TensorParallelConfig,
 )
 from toolkit.distributed.shards import local_boxes, local_tensor
-from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
 from toolkit.train.module import Metric
 from toolkit.train.transformer import TransformerTrainModule
 
@@ -148,7 +148,7 @@ def numbers_of(
                     name: value[share * rows : (share + 1) * rows]
                     for name, value in batch_of(kind).items()
                 }
-                evaluated = torch.stack(tuple(module.eval_batch(batch))).double()
+                evaluated = torch.stack(module.eval_batch(batch)[:2]).double()
                 metrics = module.train_batch(batch)
                 loss = metrics["loss"].value.detach().double() * layout.owns_loss(env.rank)
                 sums = torch.cat([evaluated, loss[None]])

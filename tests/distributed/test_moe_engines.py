@@ -14,7 +14,7 @@ from toolkit.distributed.config import (
     PipelineParallelConfig,
     TensorParallelConfig,
 )
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.train.module import Progress
 
 STEPS = 4

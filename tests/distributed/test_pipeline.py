@@ -21,7 +21,7 @@ from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.pipeline import check_microbatches, plan_pipeline
 from toolkit.distributed.stages import TIED
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 SCHEDULES = ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"]

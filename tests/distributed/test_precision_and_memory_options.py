@@ -10,7 +10,7 @@ from tests.tiny import ROWS, SEQ, build, module_config, open_environment, train_
 from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.models import compile as compiling
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 
 
 def losses(

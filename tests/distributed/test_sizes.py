@@ -15,8 +15,8 @@ from toolkit.distributed.sizes import (
     tensor_degrees,
 )
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
 
 
 def model(**changes: Any) -> TransformerConfig:

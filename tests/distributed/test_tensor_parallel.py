@@ -17,12 +17,14 @@ from tests.workers import WorkerPool
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.materialize import apply_activation_checkpointing
 from toolkit.distributed.shards import ShardSpec, draw_initial_values, whole_specs
-from toolkit.distributed.tensor_parallel import apply_tensor_parallel, share_of_model
-from toolkit.models.architecture import MoEConfig
+from toolkit.distributed.sizes import share_of_model
+from toolkit.distributed.tensor_parallel import apply_tensor_parallel
 from toolkit.models.compile import compile_model
-from toolkit.models.config import LoRAConfig, TransformerConfig
+from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters, init_spec
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.lora import choose_trained
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 
 ROWS, SEQ, VOCAB = 4, 18, 90

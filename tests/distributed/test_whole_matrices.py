@@ -15,7 +15,7 @@ from toolkit.distributed.config import ExpertParallelConfig, TensorParallelConfi
 from toolkit.distributed.shards import Box, LocalShard, ShardSpec, local_boxes
 from toolkit.distributed.whole_matrices import Unit, assign_owners
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.optim.config import ClassOptimConfig, MuonConfig, NorMuonConfig
 from toolkit.train.transformer import TransformerTrainModule
 

@@ -69,6 +69,9 @@ NGPT = ("--model.norm_placement=normalized", "--train_module.optim.group_overrid
         (1, [*NGPT, "--train_module.optim={type: schedule_free_adamw, weight_decay: 0}"],
          "train_module.optim.type: an average of weights does not go with model.norm_placement "
          "normalized; use adamw, muon or another type"),
+        (1, [*NGPT, "--train_module.optim.weight_decay=0", "--trainer.callbacks.ema.enabled"],
+         "trainer.callbacks.ema: an average of weights does not go with model.norm_placement "
+         "normalized; leave it out"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(world_size: int, overrides: list[str], expected: str) -> None:

@@ -44,6 +44,7 @@ def test_a_preset_flag_replaces_the_model_but_not_other_model_flags() -> None:
         **PRESETS["llama_271M"],
         "num_layers": 3,
         "loss_chunk_size": None,
+        "num_scores": None,
     }
     assert loaded.origins["model.num_layers"] == "--model.num_layers=3"
     assert loaded.origins["model.d_model"] == "--model.preset=llama_271M"
@@ -94,7 +95,7 @@ def test_a_file_hides_a_recipe_of_the_same_name(
     [
         (["quickstrt"], "quickstrt: no such recipe or file; did you mean 'quickstart'?"),
         (["quickstart.json"], "quickstart.json: no such file; did you mean 'quickstart'?"),
-        (["zzz"], "zzz: no such recipe or file; recipes: continue_pretraining, finetune, "),
+        (["zzz"], "zzz: no such recipe or file; recipes: continue_pretraining, distill, dpo, "),
         (["quickstart", ["--model.preset=llama_271m"]], "model.preset: 'llama_271m': no such"),
         (["quickstart", ["--seed=-1"]], "seed: must lie between 0 and 2^64 - 1, not -1"),
         (["quickstart", ["--sed=1"]], "no such option: --sed; did you mean --seed?"),

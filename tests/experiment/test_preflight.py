@@ -12,7 +12,7 @@ from toolkit.errors import CheckpointError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.continuation import check_continuation
 from toolkit.experiment.same_model import check_model
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.optim.config import AdamWConfig, SGDConfig
 from toolkit.train.config import TrainerConfig, TransformerTrainModuleConfig
 

@@ -16,9 +16,9 @@ from toolkit.hf.adapter import NotForPeftError, export_adapter, merged
 from toolkit.hf.export import export_hf
 from toolkit.hf.loading import load_causal_lm
 from toolkit.hf.loading import with_adapter as load_adapter
-from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
 from toolkit.models.lora import choose_trained
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import is_adapter
 from toolkit.models.transformer import Transformer
 

@@ -7,14 +7,9 @@ import pytest
 
 from toolkit.config import Config
 from toolkit.hf.choose import defining_values, differences
-from toolkit.models.architecture import (
-    DeltaNetConfig,
-    LinearRopeConfig,
-    Llama3RopeConfig,
-    MoEConfig,
-    YarnRopeConfig,
-)
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
+from toolkit.models.rope_scaling import LinearRopeConfig, Llama3RopeConfig, YarnRopeConfig
 
 BASE = TransformerConfig(
     vocab_size=64,
@@ -94,6 +89,7 @@ CHANGED: dict[str, Any] = {
     "delta_net.allow_negative_eigenvalues": True,
     "delta_net.norm_eps": 1e-5,
     "delta_net.norm_placement": "reordered",
+    "num_scores": 1,
     "moe.score_function": "sigmoid",
     "moe.scaling_factor": 2.0,
     "moe.num_groups": 4,
@@ -175,7 +171,8 @@ def test_another_value_of_a_field_is_a_difference(name: str) -> None:
 def test_fields_that_do_not_matter_are_none(name: str) -> None:
     section, _, field = name.rpartition(".")
     value = getattr({"": BASE, "moe": BASE.moe, "delta_net": HYBRID.delta_net}[section], field)
-    before, after = change(name, not value if isinstance(value, bool) else (value or 1) * 1.5)
+    factor = 2 if isinstance(value, int) else 1.5
+    before, after = change(name, not value if isinstance(value, bool) else (value or 1) * factor)
     assert before != after
     assert not differences(before, after)
 

@@ -20,7 +20,7 @@ from toolkit.hf import compare, export
 from toolkit.hf.export import export_hf, export_source
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.source import find_source, load_model
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 
 GPT2: dict[str, Any] = {
     "vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,

@@ -8,8 +8,8 @@ from toolkit.hf.choose import misfits
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.families.gpt import GPT2, GPT_NEOX
 from toolkit.hf.families.llama import GEMMA2, GEMMA3_TEXT, LLAMA, MISTRAL, OLMO3, PHI3, QWEN2, QWEN3
-from toolkit.models.architecture import LinearRopeConfig, YarnRopeConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.rope_scaling import LinearRopeConfig, YarnRopeConfig
 
 PLAIN = TransformerConfig(
     vocab_size=100,

@@ -13,8 +13,8 @@ from toolkit.hf.compare import compare_with_transformers
 from toolkit.hf.export import export_hf
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.read_config import read_hf_config
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 
 QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 DEEPSEEK = {

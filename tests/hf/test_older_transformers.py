@@ -27,7 +27,7 @@ from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.hf.adapter import export_adapter
 from toolkit.hf.choose import choose_family
 from toolkit.hf.export import add_tokenizer, export_hf
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 
 RELEASE = "4.57"
 PACKAGES = (f"transformers=={RELEASE}.*", "huggingface_hub<1.0", "tokenizers<0.23", "typer-slim")

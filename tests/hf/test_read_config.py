@@ -11,8 +11,8 @@ from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Settings
 from toolkit.hf.read_config import read_hf_config
-from toolkit.models.architecture import Llama3RopeConfig, YarnRopeConfig
 from toolkit.models.parameters import parameter_shapes
+from toolkit.models.rope_scaling import Llama3RopeConfig, YarnRopeConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -181,6 +181,14 @@ def test_spellings_of_all_years(fields, expected, tmp_path):
         (
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
             "'chunked_attention' in layer_types is not covered",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["linear_attention", *KINDS]},
+            "'linear_attention' in layer_types is not covered",
+        ),
+        (
+            {"model_type": "olmo_hybrid", "hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act 'gelu_pytorch_tanh' is not covered",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3},

@@ -16,7 +16,8 @@ from toolkit.data.prepare.tokenizers.tokenizer import ByteTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.hf.export import export_hf
 from toolkit.hf.source import find_source, load_model, source_tensors
-from toolkit.models.config import LoRAConfig, TransformerConfig
+from toolkit.models.config import TransformerConfig
+from toolkit.models.lora_config import LoRAConfig
 
 TINY = TransformerConfig(
     vocab_size=100,

@@ -4,9 +4,10 @@ import msgspec
 import pytest
 
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import LinearRopeConfig, MoEConfig
 from toolkit.models.config import GPTConfig, ModelConfig, TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.presets import PRESETS, preset
+from toolkit.models.rope_scaling import LinearRopeConfig
 
 SMALL = {
     "vocab_size": 100,

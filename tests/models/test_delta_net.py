@@ -10,12 +10,12 @@ from torch.nn.functional import conv1d, softplus
 
 from tests.models.test_config import SMALL
 from toolkit.models import delta_net, kernels
-from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import TransformerConfig
 from toolkit.models.delta_net import RowDocuments, mixed_rows, short_convolution
 from toolkit.models.delta_rule import gated_delta_rule
 from toolkit.models.init import InitSpec, fill_flat_, init_spec
+from toolkit.models.layer_configs import DeltaNetConfig
 from toolkit.models.masks import document_starts
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig
@@ -260,6 +260,16 @@ def test_weight_decay_leaves_decays_and_convolutions_alone_unless_an_override_na
         ({"delta_net": None}, "attention_pattern: linear layers need delta_net"),
         ({"attention_pattern": ("full",)}, "delta_net: no layer is linear"),
         ({"parallel_residual": True}, "parallel_residual goes with norm_placement pre only"),
+        (
+            {
+                "parallel_residual": True,
+                "norm_placement": "pre",
+                "attention_pattern": ("full", "full", "linear"),
+                "num_mtp_layers": 1,
+                "delta_net": NET.replace(norm_placement="reordered"),
+            },
+            "parallel_residual goes with norm_placement pre only",
+        ),
         ({"norm_placement": "normalized"}, "does not go with norm_placement normalized"),
     ],
 )

@@ -6,8 +6,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
 from toolkit.models import kernels, masks
-from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.config import GPTConfig, TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig
 from toolkit.models.masks import attention_backend, document_positions, document_starts
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

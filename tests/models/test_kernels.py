@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, linear
 
 from toolkit.models import attention, feed_forward, grouped, kernels, loss, masks
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import Hardware, SdpaForm, hardware_of, kernel_record, sdpa_form
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX, chunked_linear_cross_entropy
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -342,7 +342,7 @@ def test_a_head_that_is_trained_alone_learns_beside_liger(monkeypatch, hidden_tr
 
 
 def _rotary(model, ids):
-    from toolkit.models.transformer import layer_inputs
+    from toolkit.models.layer_inputs import layer_inputs
 
     return layer_inputs(model.config, model.embeddings(ids), None, None)[0]
 

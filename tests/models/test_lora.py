@@ -12,11 +12,11 @@ from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.errors import ConfigError
 from toolkit.hf.adapter import merged
 from toolkit.models.adapter_state import AdapterState, TokenDropout, dropout_keys
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
-from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters, initialize_
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.lora import adapters_off, choose_trained
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import (
     TrainedParameters,
     flops_per_token,

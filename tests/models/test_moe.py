@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from toolkit.distributed.config import ActivationCheckpointingConfig
 from toolkit.distributed.materialize import apply_activation_checkpointing
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import ACTIVATIONS, MoE
 from toolkit.models.grouped import grouped_backend, grouped_linear
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.transformer import Transformer
 

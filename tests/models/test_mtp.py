@@ -10,6 +10,8 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig
+from toolkit.models.layer_inputs import row_masks
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
 from toolkit.models.masks import document_starts
 from toolkit.models.mtp import ahead
@@ -95,8 +97,18 @@ def test_without_gradients_and_for_logits_they_are_not_computed() -> None:
     assert torch.equal(made(given["input_ids"]), model(num_mtp_layers=0)(given["input_ids"]))
 
 
-def test_nothing_of_another_document_reaches_a_modules_targets() -> None:
-    given, made = batch(), model()
+LINEAR = {
+    "attention_pattern": ("full", "full", "linear"),
+    "delta_net": DeltaNetConfig(
+        num_key_heads=2, num_value_heads=2, key_head_dim=4, value_head_dim=4
+    ),
+}
+"""Of which the first module for multi-token prediction has the only linear layer."""
+
+
+@pytest.mark.parametrize("changes", [{}, LINEAR], ids=["full", "linear"])
+def test_nothing_of_another_document_reaches_a_modules_targets(changes: Any) -> None:
+    given, made = batch(), model(**changes)
     ids, labels, documents = (given[k] for k in ("input_ids", "labels", "document_ids"))
     changed = torch.where(documents == 1, (ids + 7) % 50, ids)
     kept: list[torch.Tensor] = []
@@ -139,6 +151,18 @@ def test_hidden_states_are_those_of_transformers() -> None:
         mask[..., :11, :11], None, None,
     )  # fmt: skip
     torch.testing.assert_close(seen[0][:, :11], out, rtol=1e-6, atol=1e-6)
+
+
+def test_their_masks_are_for_the_backend_that_is_asked_for() -> None:
+    given, made, asked = batch(), model(), []
+
+    def masks(*args: Any, backend: str | None = None) -> Any:
+        asked.append(backend)
+        return row_masks(*args, backend=backend)
+
+    made.masks, made.masked_backend = masks, "sdpa"
+    made(given["input_ids"], given["labels"], document_ids=given["document_ids"])
+    assert asked == ["sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize("number", [1, 3])

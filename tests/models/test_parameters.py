@@ -7,10 +7,11 @@ import pytest
 from tests.tiny import tiny_model
 from toolkit.config import convert
 from toolkit.errors import SeveralErrors
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import GPTConfig, LoRAConfig, TransformerConfig
+from toolkit.models.config import GPTConfig, TransformerConfig
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.lora import choose_trained
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import parameter_shapes, trained_parameters
 from toolkit.models.presets import PRESETS
 

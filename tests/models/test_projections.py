@@ -8,8 +8,8 @@ import torch
 from tests.models.test_compile import CONFIG, batch
 from toolkit.models import projections
 from toolkit.models.compile import compile_model
-from toolkit.models.config import LoRAConfig
 from toolkit.models.lora import choose_trained
+from toolkit.models.lora_config import LoRAConfig
 
 
 def products_in(graphs: list[torch.fx.GraphModule]) -> int:

@@ -12,10 +12,10 @@ from torch import nn
 from tests.models.test_lora import adapted, adapter_of
 from tests.tiny import global_batch, tiny_model
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.compile import compile_model
-from toolkit.models.config import LoRAConfig
 from toolkit.models.init import canonical_parameters
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import is_adapter, quantised_bytes, quantised_layers
 from toolkit.models.quantised import (
     LEVELS,

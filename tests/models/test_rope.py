@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from toolkit.models import rope
-from toolkit.models.architecture import RopeScalingConfig
 from toolkit.models.rope import rotary_table, rotate
+from toolkit.models.rope_scaling import RopeScalingConfig
 
 SCALINGS: list[dict[str, Any]] = [
     {"type": "linear", "factor": 8.0},

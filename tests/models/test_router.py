@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.router import Router, router_sums, update_biases
 
 EXPERTS, WIDTH = 12, 8
@@ -113,6 +113,7 @@ def test_biases_move_towards_an_even_load() -> None:
 
 
 def test_biases_even_out_the_load() -> None:
+    torch.manual_seed(0)
     made, tokens = router(), torch.randn(300, WIDTH, dtype=torch.float64)
     assert made.score_bias is not None
     made.score_bias.zero_()

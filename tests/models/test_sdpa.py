@@ -10,8 +10,8 @@ from toolkit.errors import ConfigError
 from toolkit.models import sdpa
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import Hardware, kernel_record
+from toolkit.models.layer_inputs import layer_inputs, row_masks
 from toolkit.models.sdpa import attention_order, choose_attention, masked_backend, takes_measured
-from toolkit.models.transformer import layer_inputs, row_masks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 A100, H100, B200 = (Hardware("cuda", capability) for capability in ((8, 0), (9, 0), (10, 0)))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import dispatch
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX, VocabularyShard, chunked_linear_cross_entropy
 from toolkit.models.masks import document_positions, document_starts
 from toolkit.models.router import RouterSums, router_loss, router_sums

@@ -5,11 +5,12 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.test_config import SMALL
-from toolkit.models import attention, masks, transformer
+from toolkit.models import attention, masks
+from toolkit.models import layer_inputs as inputs_of_layers
 from toolkit.models.attention import attend
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_inputs import layer_inputs
 from toolkit.models.masks import AttentionMask, document_starts, first_keys
-from toolkit.models.transformer import layer_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -141,13 +142,13 @@ def test_layers_of_a_kind_share_what_they_are_given():
 
 def test_masks_are_made_once_per_forward_and_kind(monkeypatch):
     made = []
-    original = transformer.AttentionMask
+    original = inputs_of_layers.AttentionMask
 
     def counted(*args, **settings):
         made.append(settings["window"])
         return original(*args, **settings)
 
-    monkeypatch.setattr(transformer, "AttentionMask", counted)
+    monkeypatch.setattr(inputs_of_layers, "AttentionMask", counted)
     model = build(num_layers=4, attention_pattern=("sliding", "full"))
     model(token_ids(1, SEQ))
     assert made == [WINDOW]

@@ -10,8 +10,8 @@ import torch
 from toolkit.config import convert
 from toolkit.config.check import check
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.shapes import whole_model
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig, MuonConfig, NorMuonConfig, OptimConfig

@@ -14,8 +14,8 @@ from toolkit.distributed.sizes import check_optimizer
 from toolkit.errors import ConfigError
 from toolkit.experiment.checks import check_parameters
 from toolkit.experiment.load import load_experiment
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.init import init_spec
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig, LionConfig, OptimConfig, SGDConfig
 from toolkit.optim.scaling import MuPConfig
@@ -47,7 +47,9 @@ MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=6)
 
 
 def test_mup_scales_rates_and_initial_values_by_table_3() -> None:
-    model: dict[str, Any] = {"d_model": 64, "moe": MOE, "init_scale_residual": True}
+    model: dict[str, Any] = {
+        "d_model": 64, "moe": MOE, "init_scale_residual": True, "attention_sinks": True
+    }  # fmt: skip
     config = LionConfig(lr=1.0, mup=MuPConfig(base_width=16)).of_model(64)
     found = rates(config, **model)
     built = tiny_model(**model).build(init_device="meta")
@@ -55,6 +57,7 @@ def test_mup_scales_rates_and_initial_values_by_table_3() -> None:
     expected = {
         "embeddings.tokens.weight": (1.0, 1.0),
         "blocks.0.attention_norm.weight": (1.0, 1.0),
+        "blocks.0.attention.sinks": (1.0, 1.0),
         "blocks.0.attention.query.weight": (0.25, 0.5),
         "blocks.1.feed_forward.experts.down": (0.25, 0.5),
         "blocks.1.feed_forward.router.weight": (0.25, 0.25),
@@ -64,6 +67,8 @@ def test_mup_scales_rates_and_initial_values_by_table_3() -> None:
         assert found[name] == rate, name
         assert wide[name].std == pytest.approx(narrow[name].std * std), name
     assert rates(config.of_model(16), **model) == rates(LionConfig(lr=1.0), **model)
+    scores = init_spec(tiny_model(**model, num_scores=1).build(init_device="meta"), 4.0)
+    assert scores["head.score.weight"] == wide["head.weight"]
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from toolkit.distributed.config import (
 from toolkit.distributed.shards import local_runs
 from toolkit.hf.export import export_source
 from toolkit.hf.source import find_source
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.train.timeline import Progress
 
 STEPS = 3

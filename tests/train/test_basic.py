@@ -15,7 +15,7 @@ from toolkit.distributed.config import DataParallelConfig
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiment.checks import check_experiment
 from toolkit.experiment.load import load_experiment
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import SGDConfig
 from toolkit.optim.schedules import ConstantConfig
 from toolkit.train.config import TransformerTrainModuleConfig

@@ -18,6 +18,7 @@ class Averaged(SimpleNamespace):
 
     averages = TrainModule.averages
     evaluating = TrainModule.evaluating
+    begin_evaluation = TrainModule.begin_evaluation
     _is_evaluating = False
     loss = 4.0
 

@@ -11,8 +11,8 @@ from tests.checkpoint.exchange import save
 from tests.tiny import build, module_config, open_environment, tiny_model, train_steps
 from toolkit.checkpoint.load import load_checkpoint
 from toolkit.errors import ConfigError
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import trained_parameters
 from toolkit.train.callbacks.averages import Average
 from toolkit.train.transformer import TransformerTrainModule

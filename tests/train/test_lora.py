@@ -19,7 +19,7 @@ from toolkit.commands.verify import verify_checkpoints
 from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.experiment.load import load_experiment
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.base import GroupOverride
 from toolkit.optim.config import AdamWConfig
 from toolkit.train.adapter_base import find_base

@@ -20,8 +20,8 @@ from toolkit.distributed import materialize, torch_engine
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.distributed.layout import Layout
 from toolkit.models import grouped
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import (
     AdamWConfig,
     LionConfig,

@@ -17,7 +17,7 @@ from toolkit.commands.evaluate import evaluate
 from toolkit.commands.plan.counting import Counter
 from toolkit.experiment.load import load_experiment
 from toolkit.hf.source import find_source, source_tensors
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import is_adapter, quantised_bytes
 from toolkit.models.quantised import quantised_linears
 from toolkit.train import transformer

@@ -45,11 +45,12 @@ from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import Attention, attend
 from toolkit.models.config import TransformerConfig
 from toolkit.models.feed_forward import MoE
+from toolkit.models.layer_inputs import MaskMaker, row_masks
 from toolkit.models.log_probs import TokenValues
 from toolkit.models.loss import IGNORE_INDEX
 from toolkit.models.masks import AttentionMask, document_starts, take
 from toolkit.models.router import RouterSums
-from toolkit.models.transformer import MaskMaker, Transformer, check_rows, row_masks
+from toolkit.models.transformer import Transformer, check_rows
 
 
 def apply_context_parallel(

@@ -87,6 +87,7 @@ def shard_fully(model: nn.Module, environment: TrainingEnvironment) -> None:
     head: Any = model.head
     if settings.wrapping_strategy != "blocks" and head is not None and head.weight is not None:
         units.append(shard(head, mesh, reshard=False))
+        asked_ahead.append(head)
         kept.append(head)
     # The root holds what is left, which the forward needs first and last: never resharded in
     # between.

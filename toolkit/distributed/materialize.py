@@ -161,7 +161,7 @@ def materialize(
         if ac_config is not None:
             apply_activation_checkpointing(part.all_blocks, ac_config)
         if activation_offload:
-            apply_offload(part.blocks)
+            apply_offload(part.all_blocks)
         if compile_model and not has_breaks:
             compiling.compile_model(part, mode=compile_mode)
     if compile_model:

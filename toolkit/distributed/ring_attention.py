@@ -27,9 +27,9 @@ from toolkit.distributed.shared_rows import SharedRows
 from toolkit.models.attention import compiled_flex_attention
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import MaskedBackend, attention_backend
+from toolkit.models.layer_inputs import MaskMaker
 from toolkit.models.masks import block_mask, first_keys, score_bias, take
 from toolkit.models.norms import widened
-from toolkit.models.transformer import MaskMaker
 
 
 class Part(NamedTuple):

@@ -1,5 +1,5 @@
-"""Refuses models that do not divide by the degrees of a layout, before process groups exist. No
-torch here.
+"""Which models divide by the degrees of a layout, told before process groups exist, and what one
+rank has of them. No torch here.
 """
 
 import math
@@ -163,6 +163,33 @@ def check_optimizer(layout: Layout, optim: Optimizer) -> None:
 def tensor_degrees(model: TransformerConfig, *, experts_are_sharded: bool = False) -> list[int]:
     """Degrees of tensor parallelism by which every part of `model` divides."""
     return [d for d in range(1, model.num_heads + 1) if not _tensor(d, model, experts_are_sharded)]
+
+
+def share_of_model(
+    config: TransformerConfig, degree: int, *, experts_are_sharded: bool = False
+) -> TransformerConfig:
+    """The heads and hidden widths that one of `degree` ranks computes."""
+    moe = config.moe
+    if moe is not None:
+        shared = moe.shared_expert_intermediate_size
+        width = moe.intermediate_size // (1 if experts_are_sharded else degree)
+        moe = moe.replace(
+            intermediate_size=width,
+            shared_expert_intermediate_size=None if shared is None else shared // degree,
+        )
+    net = config.delta_net
+    if net is not None:
+        net = net.replace(
+            num_key_heads=net.num_key_heads // degree, num_value_heads=net.num_value_heads // degree
+        )
+    return config.replace(
+        delta_net=net,
+        num_heads=config.num_heads // degree,
+        num_key_value_heads=max(1, config.kv_heads // degree),
+        head_dim=config.attention_head_dim,
+        intermediate_size=config.intermediate_size // degree,
+        moe=moe,
+    )
 
 
 def breaks_in_blocks(layout: Layout) -> str:

@@ -42,7 +42,6 @@ from toolkit.distributed.layout import padded_length
 from toolkit.distributed.shards import ShardSpec
 from toolkit.distributed.shared_norm import shared_norm
 from toolkit.models.attention import Attention
-from toolkit.models.config import TransformerConfig
 from toolkit.models.delta_net import GatedDeltaNet
 from toolkit.models.embeddings import Embeddings, Head
 from toolkit.models.init import canonical_parameters
@@ -100,33 +99,6 @@ def apply_tensor_parallel(
         _share_head(model.head, cut)
     cut.mark_whole_parameters()
     _take_whole_rows(model, group)
-
-
-def share_of_model(
-    config: TransformerConfig, degree: int, *, experts_are_sharded: bool = False
-) -> TransformerConfig:
-    """The heads and hidden widths that one of `degree` ranks computes."""
-    moe = config.moe
-    if moe is not None:
-        shared = moe.shared_expert_intermediate_size
-        width = moe.intermediate_size // (1 if experts_are_sharded else degree)
-        moe = moe.replace(
-            intermediate_size=width,
-            shared_expert_intermediate_size=None if shared is None else shared // degree,
-        )
-    net = config.delta_net
-    if net is not None:
-        net = net.replace(
-            num_key_heads=net.num_key_heads // degree, num_value_heads=net.num_value_heads // degree
-        )
-    return config.replace(
-        delta_net=net,
-        num_heads=config.num_heads // degree,
-        num_key_value_heads=max(1, config.kv_heads // degree),
-        head_dim=config.attention_head_dim,
-        intermediate_size=config.intermediate_size // degree,
-        moe=moe,
-    )
 
 
 class _Cut:

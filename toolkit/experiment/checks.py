@@ -251,6 +251,10 @@ def _check_normalized(config: ExperimentConfig) -> None:
     if optim.traits().keeps_average:
         problem = f"an average of weights {why}; use adamw, muon or another type"
         found.add(ConfigError(problem, key="train_module.optim.type"))
+    for name in ("ema", "model_merger"):
+        if getattr(config.trainer.callbacks, name).enabled:
+            problem = f"an average of weights {why}; leave it out"
+            found.add(ConfigError(problem, key=f"trainer.callbacks.{name}"))
     if module.lora is not None:
         found.add(ConfigError(f"{why}; leave it out", key="train_module.lora"))
     found.raise_any()

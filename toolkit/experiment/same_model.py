@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from toolkit.errors import CheckpointError
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 
 # Fields that change how the model is computed, not what its weights mean.
 _FREE_MODEL_FIELDS = frozenset(

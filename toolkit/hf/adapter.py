@@ -18,7 +18,8 @@ from torch import Tensor
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import STACKED, Family, Rule
-from toolkit.models.config import LoRAConfig, ModelConfig, TransformerConfig
+from toolkit.models.config import ModelConfig, TransformerConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import TOKENS, is_adapter, parameter_shapes
 from toolkit.models.shapes import SCORE
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic

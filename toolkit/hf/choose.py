@@ -9,8 +9,8 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
-from toolkit.models.architecture import DeltaNetConfig, MoEConfig
 from toolkit.models.config import ClassModelConfig, ModelConfig, TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
 
 _SHOWN = 4
 _NO_MATTER = (

@@ -34,7 +34,8 @@ from toolkit.hf.source import (
 )
 from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
 from toolkit.hf.write_weights import Dtypes, type_on_disk, write_weights
-from toolkit.models.config import LoRAConfig, ModelConfig
+from toolkit.models.config import ModelConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 from toolkit.wording import count
 

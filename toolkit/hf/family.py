@@ -19,6 +19,9 @@ _NOTED = ("drop", "noise")
 SCORED = "ForSequenceClassification"
 """How the names of classes end whose head gives scores, at the last token."""
 
+_OF_TEXT = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}
+"""Where the class without `Text` is that of a model with images."""
+
 Tensors = Sequence[Tensor]
 
 
@@ -226,7 +229,7 @@ class Family(NamedTuple):
         if config.num_scores is None:
             return self.architecture
         stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        return {"Gemma3": "Gemma3Text"}.get(stem, stem) + SCORED
+        return _OF_TEXT.get(stem, stem) + SCORED
 
     def read_config(self, settings: Settings) -> dict[str, Any]:
         """Fields of `TransformerConfig`; raises CheckpointError for what our parts do not cover."""

@@ -38,7 +38,8 @@ from toolkit.hf.adapter import merged
 from toolkit.hf.import_weights import ImportPlan
 from toolkit.hf.read_config import read_hf_config
 from toolkit.hf.weights import HFWeights
-from toolkit.models.config import LoRAConfig, ModelConfig
+from toolkit.models.config import ModelConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.router import Router
 from toolkit.models.transformer import Transformer
 from toolkit.runs.files import RUN_FILES

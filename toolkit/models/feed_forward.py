@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, silu
 
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.grouped import ends_for, grouped_linear
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.projections import projected
 from toolkit.models.router import Choice, Router, RouterSums, sums_for
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss import IGNORE_INDEX, LinearCrossEntropy, VocabularyShard
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums, router_loss

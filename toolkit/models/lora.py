@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from toolkit.models.adapter_state import AdapterState, TokenDropout
-from toolkit.models.config import LoRAConfig
 from toolkit.models.grouped import ends_for, grouped_backend, grouped_linear
 from toolkit.models.init import canonical_parameters
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import (
     TOKENS,
     TrainedParameters,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
 from toolkit.models.kernels import liger_function, loss_kernel
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.loss_kernels import has_one_softmax, softmax_loss_chunk
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums, router_loss

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from toolkit.config.base import matching
 from toolkit.errors import ConfigError, ErrorList
 from toolkit.models.architecture import Architecture
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.shapes import (
     MTP_PREFIX,
     SCORE,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.models.architecture import (
+from toolkit.models.rope_scaling import (
     LinearRopeConfig,
     Llama3RopeConfig,
     RopeScalingConfig,

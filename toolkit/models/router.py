@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.architecture import MoEConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.norms import widened
 
 _LEAST_SUM = 1e-20

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from toolkit.models.architecture import Architecture, DeltaNetConfig
+from toolkit.models.architecture import Architecture
+from toolkit.models.layer_configs import DeltaNetConfig
 
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]

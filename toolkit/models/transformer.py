@@ -6,105 +6,24 @@ head's loss; positions and document starts as arguments; and `keep_layers`, whic
 stage of a pipeline.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.adapter_state import AdapterState
-from toolkit.models.attention import Attention
+from toolkit.models.block import Block
 from toolkit.models.config import GPTConfig, TransformerConfig
-from toolkit.models.delta_net import GatedDeltaNet, RowDocuments
 from toolkit.models.embeddings import Embeddings, Head
-from toolkit.models.feed_forward import FeedForward, MoE
 from toolkit.models.init import initialize_
 from toolkit.models.kernels import MaskedBackend
+from toolkit.models.layer_inputs import MaskMaker, layer_inputs, row_masks
 from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.masks import AttentionMask, document_positions, document_starts
+from toolkit.models.masks import document_positions, document_starts
 from toolkit.models.mtp import MTPLayer, ahead
-from toolkit.models.normalized import NormalizedFeedForward, SphereStep
-from toolkit.models.norms import build_norm
-from toolkit.models.rope import RotaryTable, rotary_table
 from toolkit.models.router import RouterSums, combine_layers
-
-
-class Block(nn.Module):
-    """x + f(x), for f = attention and then feed-forward; in parallel: x plus both of the same x.
-
-    Norms by `norm_placement`: f(norm(x)), norm(f(x)), or output_norm(f(norm(x))). `normalized`: see
-    `toolkit.models.normalized`.
-    """
-
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
-        super().__init__()
-        moe = config.moe if config.has_experts(layer) else None
-        self.placement = config.norm_placement_of(layer)
-        self.is_parallel = config.parallel_residual
-        is_linear = config.kind_of(layer) == "linear"
-        self.attention: nn.Module = GatedDeltaNet(config) if is_linear else Attention(config)
-        self.residual_scale = config.residual_scale
-        if not config.is_normalized:
-            self.attention_norm = build_norm(config, config.d_model)
-        self.has_experts = moe is not None
-        self.feed_forward: nn.Module
-        if config.is_normalized:
-            self.feed_forward = NormalizedFeedForward(config, config.intermediate_size)
-            self.attention_step = SphereStep(config)
-            self.feed_forward_step = SphereStep(config)
-            return
-        if moe is None:
-            bias = config.has_feed_forward_bias
-            self.feed_forward = FeedForward(config, config.intermediate_size, bias=bias)
-        else:
-            self.feed_forward = MoE(config, moe)
-        self.feed_forward_norm: nn.Module | None = None
-        if not config.shared_norm:
-            self.feed_forward_norm = build_norm(config, config.d_model)
-        if self.placement == "sandwich":
-            self.attention_output_norm = build_norm(config, config.d_model)
-            self.feed_forward_output_norm = build_norm(config, config.d_model)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryTable | None,
-        mask: Any = None,
-        is_target: Tensor | None = None,
-    ) -> tuple[Tensor, RouterSums | None]:
-        """`(batch, seq, d_model)` to the same shape, and the router's sums over the tokens of
-        `is_target`, `(batch, seq)` bool; None where there is no router or None is given."""
-        if self.placement == "normalized":
-            x = self.attention_step(x, self.attention(x, rotary, mask))
-            return self.feed_forward_step(x, self.feed_forward(x)), None
-        normed = x if self.placement == "reordered" else self.attention_norm(x)
-        attended = self.attention(normed, rotary, mask)
-        if self.is_parallel:
-            if self.feed_forward_norm is not None:
-                normed = self.feed_forward_norm(x)
-            fed, sums = self._feed(normed, is_target)
-            return x + self._scaled(attended + fed), sums
-        assert self.feed_forward_norm is not None
-        if self.placement == "reordered":
-            x = x + self._scaled(self.attention_norm(attended))
-            fed, sums = self._feed(x, is_target)
-            return x + self._scaled(self.feed_forward_norm(fed)), sums
-        if self.placement == "sandwich":
-            attended = self.attention_output_norm(attended)
-        x = x + self._scaled(attended)
-        fed, sums = self._feed(self.feed_forward_norm(x), is_target)
-        if self.placement == "sandwich":
-            fed = self.feed_forward_output_norm(fed)
-        return x + self._scaled(fed), sums
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.residual_scale == 1.0 else x * self.residual_scale
-
-    def _feed(self, x: Tensor, is_target: Tensor | None) -> tuple[Tensor, RouterSums | None]:
-        if self.has_experts:
-            return self.feed_forward(x, is_target)
-        return self.feed_forward(x), None
 
 
 class Blocks(nn.Module):
@@ -172,6 +91,10 @@ class Transformer(nn.Module):
         further = {self.config.num_layers + n: layer.block for n, layer in enumerate(self.mtp)}
         own = dict(zip(self.blocks.layers, self.blocks, strict=True))
         return Blocks(own | further)  # type: ignore[arg-type]
+
+    @property
+    def _masks(self) -> MaskMaker:
+        return partial(self.masks, backend=self.masked_backend)
 
     def keep_layers(self, layers: range) -> None:
         """Make this the stage of a pipeline that has these layers; names of parameters stay.
@@ -246,7 +169,7 @@ class Transformer(nn.Module):
             positions,
             layers=self.blocks.layers,
             table_length=table_length,
-            masks=partial(self.masks, backend=self.masked_backend),
+            masks=self._masks,
         )
         routers: list[RouterSums] = []
         for block, (rotary, mask) in zip(self.blocks, inputs, strict=True):
@@ -285,7 +208,7 @@ class Transformer(nn.Module):
         """What the modules for multi-token prediction make of the last hidden state."""
         first = self.config.num_layers
         layers = range(first, first + len(self.mtp))
-        options: Any = {"layers": layers, "masks": self.masks}
+        options: Any = {"layers": layers, "masks": self._masks}
         inputs = layer_inputs(self.config, hidden, starts, positions, **options)
         for distance, (layer, (rotary, mask)) in enumerate(
             zip(self.mtp, inputs, strict=True), start=1
@@ -330,89 +253,3 @@ def check_rows(config: TransformerConfig, input_ids: Tensor, document_ids: Tenso
             f"document_ids have the shape {tuple(document_ids.shape)}, input_ids "
             f"{tuple(input_ids.shape)}; give one document number per token"
         )
-
-
-class LayerInputs(NamedTuple):
-    """What a layer is given besides the residual stream."""
-
-    rotary: RotaryTable | None
-    """None where the layer has none."""
-    mask: Any
-    """What its `attend` takes: an `AttentionMask`, or None where plain causal attention does. Of
-    linear attention: `RowDocuments`, or None where each row is one."""
-
-
-MaskMaker = Callable[..., Callable[[int | None], Any]]
-"""As `row_masks`; who splits rows puts another in its place."""
-
-
-def row_masks(
-    config: TransformerConfig,
-    x: Tensor,
-    starts: Tensor | None,
-    length: int,
-    *,
-    backend: MaskedBackend | None = None,
-) -> Callable[[int | None], AttentionMask | None]:
-    """A function from a layer's window to its mask, one for all layers of a kind, over rows of
-    `length` tokens; `x` is for type and device, `starts` see `layer_inputs`, `backend` is how it is
-    to be computed: None: as `attention_backend` says."""
-
-    @cache
-    def mask(window: int | None) -> "AttentionMask | None":
-        needs_one = not config.is_plain_softmax or backend == "flex"
-        if starts is None and window is None and not needs_one:
-            return None
-        places = starts
-        if places is None:
-            places = torch.zeros(1, length, dtype=torch.int64, device=x.device)
-        head_dim = config.attention_head_dim
-        return AttentionMask(
-            places, window=window, dtype=x.dtype, head_dim=head_dim, backend=backend
-        )
-
-    return lambda window: mask(None if window is None or window >= length else window)
-
-
-def layer_inputs(
-    config: TransformerConfig,
-    x: Tensor,
-    starts: Tensor | None,
-    positions: Tensor | None,
-    *,
-    layers: Iterable[int] | None = None,
-    table_length: int | None = None,
-    masks: MaskMaker = row_masks,
-) -> list[LayerInputs]:
-    """Of each of `layers`, by default all; those of one kind share theirs.
-
-    Args:
-        x: embeddings `(batch, seq, d_model)`; for their shape, type and device.
-        starts, positions: of documents, `(batch, seq)`; None where each row is one document.
-        table_length: positions that there may be; default: as many as here.
-        masks: what makes the masks.
-    """
-    seq = x.shape[1] if positions is None else positions.shape[1]
-
-    @cache
-    def rotary(is_local: bool) -> RotaryTable:
-        theta, scaling = config.rope_theta, config.rope_scaling
-        if is_local and config.sliding_rope_theta is not None:
-            theta, scaling = config.sliding_rope_theta, None
-        table = rotary_table(table_length or seq, config.rotary_dim, theta, x.device, scaling)
-        return table if positions is None else table.at(positions)
-
-    mask = masks(config, x, starts, seq)
-    numbers = range(config.num_layers) if layers is None else layers
-    has_two = config.sliding_rope_theta is not None
-    documents = None
-    if starts is not None and config.linear_layers:
-        documents = RowDocuments(starts, dtype=x.dtype)
-
-    return [
-        LayerInputs(
-            rotary(window is not None and has_two) if config.has_rope(layer) else None,
-            documents if config.kind_of(layer) == "linear" else mask(window),
-        )
-        for layer, window in ((layer, config.window_of(layer)) for layer in numbers)
-    ]

@@ -4,9 +4,10 @@ muP is table 3 of Yang et al. 2022, "Tensor Programs V" (arXiv 2203.03466), for 
 m = width / base_width it changes, against what `train_module.optim.lr` and `model.init_std` say:
 
     parameter                       standard deviation of initial values    rate
-    embeddings, norms, biases       1                                       1
+    embeddings, norms, biases,
+    sinks of attention              1                                       1
     matrices of blocks              1 / sqrt(m)                             1 / m
-    head, router of experts         1 / m                                   1 / m
+    head (of scores too), router    1 / m                                   1 / m
 
 At the base width nothing changes, and no factor is left in the model: exports are as ever.
 `toolkit.models.init.width_factor` is the column of initial values.
@@ -65,6 +66,7 @@ def mup_factor(name: str, mup: MuPConfig | None) -> float:
 
 
 def _is_of_fixed_fan_in(name: str) -> bool:
-    """Whether each element has as many inputs at any width: embeddings, norms, biases, and short
-    convolutions and decays of linear attention."""
-    return name.startswith("embeddings.") or name.endswith((".bias", "norm.weight", *UNDECAYED))
+    """Whether each element has as many inputs at any width: embeddings, norms, biases, sinks, and
+    short convolutions and decays of linear attention."""
+    ends = (".bias", ".sinks", "norm.weight", *UNDECAYED)
+    return name.startswith("embeddings.") or name.endswith(ends)

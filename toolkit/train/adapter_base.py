@@ -13,7 +13,7 @@ import msgspec
 from toolkit.checkpoint.folder import CheckpointMetadata, read_metadata
 from toolkit.config.secrets import mask_secrets
 from toolkit.errors import CheckpointError
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 

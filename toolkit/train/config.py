@@ -20,7 +20,7 @@ from toolkit.distributed.config import (
 )
 from toolkit.errors import ConfigError
 from toolkit.models.architecture import GRAPH_MODES, AttentionBackend, CompileMode
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import AdamWConfig, OptimConfig
 from toolkit.optim.schedules import CosineConfig, SchedulerConfig
 from toolkit.train.callbacks.config import CallbacksConfig

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from toolkit.distributed.environment import TrainingEnvironment
-from toolkit.models.config import LoRAConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.groups import GroupRecord
 from toolkit.train.adapter_base import BaseCheckpoint
 from toolkit.train.eval_sums import Batch, EvalSums

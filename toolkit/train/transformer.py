@@ -24,12 +24,12 @@ from toolkit.distributed.fully_sharded import describe_gathers
 from toolkit.distributed.low_precision import describe_float8
 from toolkit.distributed.materialize import prepare_engine
 from toolkit.distributed.shards import fill_part
+from toolkit.distributed.sizes import share_of_model
 from toolkit.distributed.stages import Stages
-from toolkit.distributed.tensor_parallel import share_of_model
 from toolkit.errors import ConfigError, DataError, TrainingError
 from toolkit.models.adapter_state import dropout_keys
 from toolkit.models.attention import Attention
-from toolkit.models.init import canonical_name, canonical_parameters, spec_of_weight
+from toolkit.models.init import canonical_parameters, spec_of_weight
 from toolkit.models.kernels import kernel_record
 from toolkit.models.lora import choose_trained
 from toolkit.models.loss import IGNORE_INDEX, shift_labels
@@ -41,13 +41,13 @@ from toolkit.models.parameters import (
     quantised_layers,
 )
 from toolkit.models.quantised import quantised_linears
-from toolkit.models.router import RouterSums, update_biases
+from toolkit.models.router import RouterSums
 from toolkit.models.sdpa import choose_attention, masked_backend
-from toolkit.models.shapes import SCORE_BIAS
 from toolkit.optim.groups import describe_groups, group_records
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric, Progress
+from toolkit.train.router_biases import RouterBiases
 from toolkit.train.stepping import EngineTrainModule
 
 log = logging.getLogger(__name__)
@@ -254,33 +254,18 @@ class TransformerTrainModule(EngineTrainModule):
 
     def optim_step(self, progress: Progress) -> dict[str, Metric]:
         metrics = super().optim_step(progress)
-        moe = self.model_config.to_transformer().moe
-        if self._load is not None and self._biases and moe is not None and moe.bias_update_rate:
-            skipped = torch.as_tensor(metrics["skipped"].value)
-            biases = {self._row_of(name): bias for name, bias in self._biases.items()}
-            update_biases(biases, self._load, skipped, rate=moe.bias_update_rate)
+        if self._load is not None:
+            self._biases.update(self._load, torch.as_tensor(metrics["skipped"].value))
         return metrics
 
     def _whole_state(self) -> dict[str, torch.Tensor]:
         """What the engine holds, and the biases of routers."""
-        biases = {f"{MODEL_PREFIX}{name}": bias for name, bias in self._biases.items()}
+        biases = {f"{MODEL_PREFIX}{name}": bias for name, bias in self._biases.tensors.items()}
         return {**self.engine.state_tensors(), **biases}
 
     @functools.cached_property
-    def _biases(self) -> dict[str, torch.Tensor]:
-        """Of this rank's routers, by canonical name."""
-        return {
-            canonical_name(name): buffer
-            for part in self._stages()
-            for name, buffer in part.named_buffers()
-            if name.endswith(SCORE_BIAS)
-        }
-
-    def _row_of(self, name: str) -> int:
-        """The row of a bias in `RouterSums.load`."""
-        kind, number, *_ = name.split(".")
-        layers = self.model_config.to_transformer().moe_layers
-        return layers.index(int(number)) if kind == "blocks" else len(layers) + int(number)
+    def _biases(self) -> RouterBiases:
+        return RouterBiases(self.model_config.to_transformer(), self._stages())
 
     def _stages(self) -> list[Any]:
         """The model, or this rank's stages of it."""

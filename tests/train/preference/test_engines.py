@@ -12,8 +12,8 @@ from toolkit.distributed.config import (
     ContextParallelConfig,
     TensorParallelConfig,
 )
-from toolkit.models.architecture import MoEConfig
-from toolkit.models.config import LoRAConfig
+from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.lora_config import LoRAConfig
 from toolkit.optim.config import SGDConfig
 from toolkit.train.preference.config import (
     DPOConfig,
@@ -62,8 +62,8 @@ def histories(
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[dict]]:
-    return histories("single", ROWS, list(OBJECTIVES))
+def expected(workers: WorkerPool) -> dict[str, list[dict]]:
+    return workers.run(1, histories, "single", ROWS, list(OBJECTIVES))[0]
 
 
 def assert_agree(found: dict[str, list[dict]], expected: dict[str, list[dict]]) -> None:
@@ -73,14 +73,14 @@ def assert_agree(found: dict[str, list[dict]], expected: dict[str, list[dict]]) 
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4), name
 
 
-def test_microbatches_are_one_batch(expected: dict[str, list[dict]]) -> None:
-    assert_agree(histories("single", 3, list(OBJECTIVES)), expected)
+def test_microbatches_are_one_batch(workers: WorkerPool, expected: dict[str, list[dict]]) -> None:
+    assert_agree(workers.run(1, histories, "single", 3, list(OBJECTIVES))[0], expected)
 
 
 @pytest.mark.parametrize(
     ("engine", "rows", "names"),
     [
-        ("ddp", 2, list(OBJECTIVES)),
+        ("ddp", 2, ["kto", "orpo"]),
         ("fsdp", 2, list(OBJECTIVES)),
         ("zero2", 4, ["kto"]),
         ("zero3", 2, ["dpo", "reward"]),
@@ -114,7 +114,7 @@ def test_adapters_and_experts_agree(workers: WorkerPool) -> None:
         "lora": LoRAConfig(rank=2, target_modules=("*.attention.*",)),
         "model": {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=16)},
     }
-    expected = histories("single", ROWS, ["dpo"], changes)
+    expected = workers.run(1, histories, "single", ROWS, ["dpo"], changes)[0]
     assert_agree(workers.run(2, histories, "fsdp", 2, ["dpo"], changes)[0], expected)
 
 

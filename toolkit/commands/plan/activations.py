@@ -11,7 +11,7 @@ from typing import NamedTuple
 from toolkit.commands.plan.devices import CPU
 from toolkit.commands.plan.job import FP32, Job, Parameter
 from toolkit.commands.plan.pieces import local_shape
-from toolkit.models.architecture import DeltaNetConfig
+from toolkit.models.layer_configs import DeltaNetConfig
 from toolkit.models.shapes import loss_chunk_rows
 
 _INDEX = 8

@@ -8,8 +8,8 @@ from toolkit.hf.families.llama import EXPERTS, PRE_NORMS, PROJECTIONS, QK_NORMS,
 from toolkit.hf.families.parts import UNUSUAL_HEAD_DIM, without_effect
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family, Part, Settings
-from toolkit.models.architecture import MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 
 
 def _read_experts(settings: Settings) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def _write_rope(config: TransformerConfig) -> dict[str, Any]:
 GLM4_MOE = Family(
     "glm4_moe",
     "Glm4MoeForCausalLM",
+    can_score=False,
     parts=(
         *SHARED,
         Part(partial(read_rope, is_partial=True), _write_rope),

@@ -9,13 +9,15 @@ from toolkit.hf.families.parts import (
     HEAD_DIM,
     UNUSUAL_HEAD_DIM,
     WHOLE_HEADS,
+    activation,
     always,
+    shortest_pattern,
     without_effect,
 )
 from toolkit.hf.families.rope import read_rope, write_rope
 from toolkit.hf.family import Family, Part, Settings, interleaved, joined
-from toolkit.models.architecture import DeltaNetConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import DeltaNetConfig
 
 _KINDS = {"linear_attention": "linear", "full_attention": "full"}
 _SIZES = {
@@ -44,8 +46,7 @@ def _pattern(settings: Settings) -> tuple[str, ...]:
     missing = [name for name, kind in _KINDS.items() if kind not in kinds]
     if missing:
         raise settings.not_covered(f"layer_types without {missing[0]}")
-    periods = (n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
-    return tuple(kinds[: next(periods)])
+    return shortest_pattern(kinds)
 
 
 def _layers(names: dict[str, str], **fixed: Any) -> Part:
@@ -69,6 +70,9 @@ def _layers(names: dict[str, str], **fixed: Any) -> Part:
 
     return Part(read, write)
 
+
+_SILU = activation("hidden_act", "swiglu")
+"""The classes put it behind the short convolutions too, where ours is always SiLU."""
 
 _CONVOLUTIONS = ("attention.query_conv", "attention.key_conv", "attention.value_conv")
 _FEED_FORWARD = {name: ours for name, ours in PROJECTIONS.items() if name.startswith("mlp.")}
@@ -95,9 +99,11 @@ def _write_olmo_rope(config: TransformerConfig) -> dict[str, Any]:
 OLMO_HYBRID = Family(
     "olmo_hybrid",
     "OlmoHybridForCausalLM",
+    can_score=False,
     parts=(
         WHOLE_HEADS,
         *SHARED,
+        _SILU,
         ATTENTION_BIAS,
         UNUSUAL_HEAD_DIM,
         Part(_read_olmo_rope, _write_olmo_rope),
@@ -162,6 +168,7 @@ QWEN3_5_TEXT = Family(
     "Qwen3_5ForCausalLM",
     parts=(
         *SHARED,
+        _SILU,
         ATTENTION_BIAS,
         HEAD_DIM,
         Part(_read_qwen_rope, _write_qwen_rope),

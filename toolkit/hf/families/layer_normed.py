@@ -83,6 +83,7 @@ _COHERE_BLOCK = {**PROJECTIONS, "input_layernorm": "attention_norm"}
 COHERE = Family(
     "cohere",
     "CohereForCausalLM",
+    can_score=False,
     parts=(*_COHERE, required("use_qk_norm", False, None)),
     block=_COHERE_BLOCK,
     rotates_neighbours=True,
@@ -96,6 +97,7 @@ def _read_cohere2(settings: Settings) -> dict[str, Any]:
 COHERE2 = Family(
     "cohere2",
     "Cohere2ForCausalLM",
+    can_score=False,
     parts=(*_COHERE, Part(_read_cohere2, LAYER_TYPES.write)),
     block=_COHERE_BLOCK,
     rotates_neighbours=True,

@@ -28,8 +28,8 @@ from toolkit.hf.families.parts import (
 )
 from toolkit.hf.families.rope import ROPE, only_newer, read_rope, rope_by_kind, write_rope
 from toolkit.hf.family import Family, Part, Settings
-from toolkit.models.architecture import LinearRopeConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.rope_scaling import LinearRopeConfig
 
 _INV_FREQ = (r".*\.rotary_emb\.inv_freq",)
 

@@ -57,6 +57,7 @@ SMOLLM3 = Family(
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
+    can_score=False,
     parts=(
         *SHARED,
         ROPE,

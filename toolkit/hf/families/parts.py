@@ -1,12 +1,12 @@
 """Parts that many families share: fields of config.json and ours, both ways."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from toolkit.errors import CheckpointError
 from toolkit.hf.family import Part, Settings
-from toolkit.models.architecture import AttentionKind, MoEConfig
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 
 _DEFAULT_INIT_STD = 0.02
 
@@ -161,7 +161,7 @@ def _read_layer_types(settings: Settings) -> dict[str, Any]:
     kinds = []
     for name in settings.take("layer_types"):
         kinds.append(str(name).removesuffix("_attention"))
-        if kinds[-1] not in get_args(AttentionKind):
+        if kinds[-1] not in ("full", "sliding"):
             what = settings.not_covered(f"{name!r} in layer_types")
             raise CheckpointError(f"{what}, which knows full_attention and sliding_attention")
     window = settings.take("sliding_window", None)

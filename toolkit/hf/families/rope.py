@@ -14,13 +14,13 @@ import msgspec
 from toolkit.errors import CheckpointError
 from toolkit.hf.families.parts import windows
 from toolkit.hf.family import Part, Settings
-from toolkit.models.architecture import (
+from toolkit.models.config import TransformerConfig
+from toolkit.models.rope_scaling import (
     LinearRopeConfig,
     Llama3RopeConfig,
     RopeScalingConfig,
     YarnRopeConfig,
 )
-from toolkit.models.config import TransformerConfig
 
 _SCALINGS: dict[str, type[RopeScalingConfig]] = {
     "linear": LinearRopeConfig,
