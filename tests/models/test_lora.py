@@ -101,7 +101,7 @@ def test_an_adapted_model_is_the_merged_one(
     adapter = adapter_of(model, random=True)
     plain.load_state_dict(dict(merged(plain.state_dict().items(), adapter, lora)))
     ours, whole = model(global_batch(0)), plain(global_batch(0))
-    assert (ours - whole).abs().max() <= 5e-6 * whole.abs().max()
+    assert (ours - whole).abs().max() <= 1e-5 * whole.abs().max()
     assert (before - whole).abs().max() > 0.1 * whole.abs().max()
     with adapters_off(model):
         assert torch.equal(model(global_batch(0)), before)
