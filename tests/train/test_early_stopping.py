@@ -31,6 +31,7 @@ def stopping(**settings: Any) -> EarlyStopping:
     callback.state = Run(  # type: ignore[assignment]
         step=0, is_main=True, ends=[], evaluations={}, config=TrainerConfig(), eval_loaders={},
         has_own_parts=False, environment=SimpleNamespace(broadcast=lambda value: value),
+        check_metrics=lambda: None,
     )  # fmt: skip
     return callback
 

@@ -21,6 +21,7 @@ from toolkit.hf.family import STACKED, Family, Rule
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import TOKENS, is_adapter, parameter_shapes
+from toolkit.models.shapes import SCORE
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -52,10 +53,13 @@ def merged(
     tokens were trained.
 
     `adapter` holds the adapter's tensors by our names and, whole, the parameters trained besides
-    (`train_also`), which take the place of the base's. Raises CheckpointError: a tensor of the
-    adapter belongs to none of the base's, or has another shape."""
+    (`train_also`), which take the place of the base's; a reward model's score takes that of the
+    head. Raises CheckpointError: a tensor of the adapter belongs to none of the base's, or has
+    another shape."""
     unused = set(adapter)
     for name, tensor in base:
+        if name == "head.weight" and SCORE in adapter:
+            continue
         layer = name.removesuffix(".weight")
         if name in adapter:
             _check_shape(name, adapter[name].shape, tensor.shape)
@@ -64,6 +68,9 @@ def merged(
             tensor = _changed(name, tensor, layer, adapter, lora)
         yield name, tensor
         unused -= {name, *(layer + suffix for suffix in (A_SUFFIX, B_SUFFIX, MAGNITUDE, ROWS))}
+    if SCORE in unused:
+        unused.remove(SCORE)
+        yield SCORE, adapter[SCORE]
     if unused:
         raise CheckpointError(f"{min(unused)}: the base has no weight for it; it is another model")
 

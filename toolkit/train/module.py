@@ -33,6 +33,8 @@ class TrainModule(ABC):
     """Whether checkpoints can be exported for transformers, where it has such a class."""
     has_perplexity = True
     """Whether the exponential of the loss is a perplexity."""
+    eval_results: Sequence[str] | None = None
+    """Names of what an evaluation gives; None: what one of a language model does."""
     progress: Progress | None = None
     """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any

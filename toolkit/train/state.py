@@ -22,7 +22,7 @@ from toolkit.runs.manager import RunManager
 from toolkit.runs.status import FAILURE, FINISH
 from toolkit.train.config import TrainerConfig
 from toolkit.train.module import Progress, TrainModule
-from toolkit.train.scores import check_result, scores_of
+from toolkit.train.scores import check_metrics, check_result, scores_of
 from toolkit.train.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,12 @@ class TrainState:
         """Whether a callback, or the train module, is the user's own."""
         parts = (self.train_module, *self._callbacks.values())
         return not all(type(part).__module__.startswith("toolkit.") for part in parts)
+
+    def check_metrics(self) -> None:
+        """Raise ConfigError where no evaluation gives what a setting names."""
+        module, own = self.train_module, self.has_own_parts
+        results = module.eval_results
+        check_metrics(self.config, self.eval_loaders, has_own_parts=own, results=results)
 
     @property
     def is_last_step(self) -> bool:

@@ -24,7 +24,6 @@ from toolkit.threads import Thread
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import CheckpointerConfig
 from toolkit.train.saving import begin_save
-from toolkit.train.scores import check_metrics
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,8 @@ class Checkpointer(Callback):
         return ShardWriter(self.state.environment.checkpoint_group)
 
     def pre_train(self) -> None:
-        state = self.state
-        check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
-        self._saved_at = state.saved_step
+        self.state.check_metrics()
+        self._saved_at = self.state.saved_step
 
     def pre_optim_step(self) -> None:
         self.state.wait_for_copies()

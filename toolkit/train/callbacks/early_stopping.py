@@ -7,7 +7,6 @@ from typing import Any
 from toolkit.errors import ConfigError
 from toolkit.train.callbacks.base import Callback
 from toolkit.train.callbacks.config import EarlyStoppingConfig
-from toolkit.train.scores import check_metrics
 from toolkit.wording import count
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,7 @@ class EarlyStopping(Callback):
         """It was said that the metric has not come yet."""
 
     def pre_train(self) -> None:
-        state = self.state
-        check_metrics(state.config, state.eval_loaders, has_own_parts=state.has_own_parts)
+        self.state.check_metrics()
         self._take_evaluation()  # which was broken off by a stop, or one before the first step
         self._end_if_over()
 

@@ -39,6 +39,7 @@ from toolkit.train.preference.documents import (
 )
 from toolkit.train.preference.losses import Answers, Parts
 from toolkit.train.preference.reference import References
+from toolkit.train.scores import results_of
 from toolkit.train.transformer import TransformerTrainModule
 
 _MEANS_OF_TOKENS = {"nll_loss": "nll_tokens"}
@@ -66,6 +67,7 @@ class PreferenceTrainModule(TransformerTrainModule):
     ) -> None:
         assert config.objective is not None, "build it with train_module.objective"
         self.objective: Any = config.objective
+        self.eval_results = results_of(config)
         self.is_scored = isinstance(self.objective, RewardConfig)
         if not self.is_scored:
             head: Any = getattr(model, "head")  # noqa: B009
