@@ -32,7 +32,8 @@ from toolkit.errors import ToolkitError
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.recorded import config_of, engine_of, versions_of
 from toolkit.experiment.sources import FINETUNE_FILE, recipe_names
-from toolkit.hf.model_card import OLDEST, ModelCard
+from toolkit.hf.export import generation_of
+from toolkit.hf.model_card import OLDEST, ModelCard, scoring_of
 from toolkit.hf.source import ModelSource
 from toolkit.metrics.lines import read_records
 from toolkit.models.parameters import parameter_shapes
@@ -90,6 +91,8 @@ def card_of(
     tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else None
     origin = source.origin
     tells_all = facts is not None and _tells_all(facts)
+    appends_end = config is None or config.dataset.append_eos
+    scored = tokenizer, generation_of(source), source.config.vocab_size
     return ModelCard(
         title=title,
         description=_description(facts, config),
@@ -109,6 +112,7 @@ def card_of(
         needs=OLDEST if only_newer is None else f"transformers 5 or newer ({only_newer})",
         has_tokenizer=tokenizer is not None,
         has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+        scoring=scoring_of(*scored, append_eos=appends_end),
     )
 
 

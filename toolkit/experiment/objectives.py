@@ -14,9 +14,9 @@ from toolkit.errors import CheckpointError, ConfigError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
 from toolkit.experiment.load_checks import newest_saved
 from toolkit.models.config import ModelConfig, ModuleConfig, TransformerConfig
-from toolkit.models.shapes import SCORE
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
+from toolkit.train.adapter_base import check_new_score
 from toolkit.train.preference.config import DistillConfig, RewardConfig, WithReference
 from toolkit.train.preference.vocabulary import check_same_vocabulary
 
@@ -71,15 +71,21 @@ def _check_reward(config: ExperimentConfig) -> None:
     if (number := config.model.to_transformer().num_scores) != 1:
         problem = f"a reward model has 1 score, not {number}; set it to 1"
         found.add(ConfigError(problem, key="model.num_scores"))
-    if lora is not None and SCORE not in lora.train_also:
-        problem = f"the score is new, and an adapter alone does not train it; add {SCORE}"
-        found.add(ConfigError(problem, key="train_module.lora.train_also"))
+    if lora is not None and _is_language_model(config.trainer.load_path):
+        found.ask(check_new_score, lora)
     callbacks = config.trainer.callbacks
     for name in ("sample_writer", "downstream_evaluator"):
         if getattr(callbacks, name).is_wanted:
             problem = "a reward model writes no text; leave it out"
             found.add(ConfigError(problem, key=f"trainer.callbacks.{name}"))
     found.raise_any()
+
+
+def _is_language_model(path: str | None) -> bool:
+    """Whether a local checkpoint is there, and has no head that gives scores."""
+    newest = None if path is None or is_url(path) else newest_saved(Path(path).expanduser())
+    model = None if newest is None else read_metadata(newest).extra.get("model")
+    return isinstance(model, dict) and model.get("num_scores") is None
 
 
 def _check_reference(config: ExperimentConfig, objective: Any) -> None:

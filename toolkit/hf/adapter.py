@@ -21,7 +21,7 @@ from toolkit.hf.family import STACKED, Family, Rule
 from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import TOKENS, is_adapter, parameter_shapes
-from toolkit.models.shapes import SCORE
+from toolkit.models.shapes import HEAD, SCORE
 from toolkit.storage.atomic import PathLike, new_output, write_json_atomic
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -58,7 +58,7 @@ def merged(
     another shape."""
     unused = set(adapter)
     for name, tensor in base:
-        if name == "head.weight" and SCORE in adapter:
+        if name == HEAD and SCORE in adapter:
             continue
         layer = name.removesuffix(".weight")
         if name in adapter:
@@ -259,7 +259,8 @@ def _peft_config(
     tokens = {m.name: list(lora.trainable_tokens) for m in modules if m.rank is None}
     common: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "task_type": TaskType.CAUSAL_LM,
+        # By SEQ_CLS peft asks the adapter for a head, which is the base's own.
+        "task_type": TaskType.CAUSAL_LM if model.num_scores is None else None,
         "inference_mode": True,
     }
     if not ranks:

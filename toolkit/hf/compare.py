@@ -97,7 +97,9 @@ def their_logits(
     if adapter is not None:
         model = with_adapter(model, adapter)
     with quiet_transformers(), torch.no_grad():
-        if scores:  # without an id for padding, rows come one by one
+        if scores:  # rows come one by one: random ids may end with the id for padding
+            for config in (model.config, model.config.get_text_config()):
+                config.pad_token_id = None
             return torch.cat([model(row[None], use_cache=False).logits[None] for row in ids])
         return model(ids, use_cache=False).logits
 

@@ -113,15 +113,18 @@ def export_hf(
     type_name = str(first).removeprefix("torch.")
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     with new_output(folder) as unfinished:
-        ends = add_tokenizer(unfinished, tokenizer_folder, generation)
+        is_scored = transformer.num_scores is not None
+        below = transformer.vocab_size if is_scored else None
+        ends = add_tokenizer(unfinished, tokenizer_folder, generation, scored_below=below)
         write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
             "architectures": [family.class_of(transformer)],
             "model_type": family.model_type,
             **family.write_config(transformer),
             **{name: ends.get(name) for name in SPECIAL_IDS},
-            # A row of the embedding would not be trained by those who fine-tune the folder.
-            "pad_token_id": None,
+            # A row of the embedding would not be trained by those who fine-tune the folder. Without
+            # it classes that give scores take no batches.
+            "pad_token_id": ends.get("pad_token_id") if is_scored else None,
             "dtype": type_name,
             # What it was called before transformers 4.56.
             "torch_dtype": type_name,
@@ -303,7 +306,7 @@ def _export_adapter(
             not_checked = _compare_adapter(source, source.lora, unfinished, folder, dtype, check)
         return Exported(
             Path(folder),
-            family.architecture,
+            family.class_of(source.config.to_transformer()),
             dtype or torch.float32,
             *_weight_files(unfinished),
             has_tokenizer=source.tokenizer_folder is not None,

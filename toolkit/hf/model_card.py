@@ -1,9 +1,41 @@
 """README.md of an exported model: what is known of it, and nothing else."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import msgspec
+
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer
+from toolkit.hf.tokenizer_files import scoring_pad
 
 OLDEST = "transformers 4.57 or newer"
 """What exports are tested with."""
+
+
+class Scoring(NamedTuple):
+    """How training scored texts; see `scoring_of`."""
+
+    end: str | None = None
+    """The token that ends documents, at which they are scored; None: at the last of their own."""
+    adds_bos: bool = False
+    """Whether the tokenizer puts the start-of-document token before texts."""
+    has_padding: bool = False
+    """Whether a token can fill up rows of a batch."""
+
+
+def scoring_of(
+    tokenizer: Tokenizer | None,
+    generation: Mapping[str, Any] | None,
+    vocab_size: int,
+    *,
+    append_eos: bool,
+) -> Scoring:
+    """How a reward model with `tokenizer` scores texts; `append_eos` as in `dataset`."""
+    if tokenizer is None:
+        return Scoring()
+    pad = scoring_pad(tokenizer, generation, vocab_size)
+    end = tokenizer.eos_token if append_eos else None
+    return Scoring(end, tokenizer.adds_bos, has_padding=pad is not None)
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +73,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Releases that compute what it computed here."""
     has_tokenizer: bool = False
     has_chat_template: bool = False
+    scoring: Scoring = Scoring()
+    """Of a reward model."""
 
     @property
     def gives_scores(self) -> bool:
@@ -100,6 +134,8 @@ def _snippet(card: ModelCard) -> str:
     lines = [imports, "", 'folder = "path/to/this/folder"', loading]
     if not card.has_tokenizer:
         return "\n".join(lines)
+    if card.gives_scores:
+        return "\n".join([*lines, *_scoring(card)])
     inputs = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
     if card.has_chat_template:
         inputs = [
@@ -109,7 +145,38 @@ def _snippet(card: ModelCard) -> str:
             ")",
         ]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", *inputs]
-    if card.gives_scores:
-        return "\n".join([*lines, "print(model(**inputs).logits)"])
     lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
     return "\n".join(lines)
+
+
+def _scoring(card: ModelCard) -> list[str]:
+    """Whole texts, scored at the token at which training scored them."""
+    lines = ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    special, (end, adds_bos, has_padding) = "", card.scoring
+    if card.has_chat_template:
+        special = ", add_special_tokens=False"
+        if adds_bos:
+            special = ", add_special_tokens=not text.startswith(tokenizer.bos_token)"
+        lines += [
+            "messages = [",
+            '    {"role": "user", "content": "Hello"},',
+            '    {"role": "assistant", "content": "Hello, how can I help?"},',
+            "]",
+            "text = tokenizer.apply_chat_template(messages, tokenize=False)",
+        ]
+    else:
+        lines.append('text = "What is 2 + 2? " + "4"  # the prompt with its answer')
+    if end is not None:
+        lines += [
+            f"end = {end!r}  # training scored texts at this token",
+            "text = text.rstrip() if text.rstrip().endswith(end) else text + end",
+        ]
+    if has_padding:
+        rest = f'padding=True, return_tensors="pt"{special})'
+        lines.append(f"inputs = tokenizer([text, text], {rest}")
+    else:
+        lines += [
+            "# One text at a time: no token can fill up the rows of a batch.",
+            f'inputs = tokenizer(text, return_tensors="pt"{special})',
+        ]
+    return [*lines, "print(model(**inputs).logits[:, 0])"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids
+from toolkit.data.prepare.build.stops import SPECIAL_IDS, special_ids, stop_ids
 from toolkit.data.prepare.tokenizers.auto import load_auto_tokenizer, make_portable, settle
 from toolkit.data.prepare.tokenizers.backend import check_size, read_backend
 from toolkit.data.prepare.tokenizers.companions import (
@@ -17,7 +17,7 @@ from toolkit.data.prepare.tokenizers.companions import (
     has_tokenizer,
     read_json,
 )
-from toolkit.data.prepare.tokenizers.tokenizer import load_tokenizer
+from toolkit.data.prepare.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import DataError
 from toolkit.storage.atomic import PathLike, write_atomic, write_json_atomic
 
@@ -103,7 +103,11 @@ def copy_tokenizer(source: PathLike, folder: Path) -> None:
 
 
 def add_tokenizer(
-    folder: Path, tokenizer_folder: PathLike | None, generation: Mapping[str, Any] | None
+    folder: Path,
+    tokenizer_folder: PathLike | None,
+    generation: Mapping[str, Any] | None,
+    *,
+    scored_below: int | None = None,
 ) -> dict[str, Any]:
     """Put the tokenizer into an exported `folder`, and a generation_config.json that ends texts as
     training taught; returns its content. Raises DataError: `tokenizer_folder` holds no tokenizer.
@@ -111,6 +115,8 @@ def add_tokenizer(
     Args:
         tokenizer_folder: None: there is none, and the ids stay what they were.
         generation: that of the model that training began from; None: there was none.
+        scored_below: ids of a reward model are below this, and the token that fills up rows of a
+            batch is that of `scoring_pad`; None: of a language model.
     """
     settings = dict(generation or {"_from_model_config": True, **dict.fromkeys(SPECIAL_IDS)})
     if tokenizer_folder is not None:
@@ -119,10 +125,38 @@ def add_tokenizer(
                 f"{tokenizer_folder}: no {TOKENIZER_FILE} here; give the folder of the tokenizer, "
                 "or none to export weights alone"
             )
-        settings |= special_ids(load_tokenizer(tokenizer_folder), generation)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        settings |= special_ids(tokenizer, generation)
         copy_tokenizer(tokenizer_folder, folder)
+        if scored_below is not None:
+            pad = scoring_pad(tokenizer, generation, scored_below)
+            settings["pad_token_id"] = None if pad is None else tokenizer.control_tokens[pad]
+            config = read_json(folder / TOKENIZER_CONFIG_FILE) | {"pad_token": pad}
+            write_json_atomic(folder / TOKENIZER_CONFIG_FILE, config, sync=False)
     write_json_atomic(folder / GENERATION_FILE, settings, sync=False)
     return settings
+
+
+def scoring_pad(
+    tokenizer: Tokenizer, generation: Mapping[str, Any] | None, vocab_size: int
+) -> str | None:
+    """The control token that fills up rows of a batch of a reward model, which `transformers`
+    scores at the last token that is another one: the tokenizer's own or that of the model that
+    training began from, else one that is called so, else any. None: all of them end texts."""
+    before, ends = (generation or {}).get("pad_token_id"), stop_ids(tokenizer, generation)
+    usable = {
+        name: number
+        for name, number in tokenizer.control_tokens.items()
+        if number < vocab_size and number not in ends
+    }
+
+    def rank(name: str) -> tuple[bool, ...]:
+        own = usable[name] in (tokenizer.pad_id, before)
+        # The start of texts means nothing at their end.
+        return not own, "pad" not in name.lower(), "unk" not in name.lower(), name != bos
+
+    bos = tokenizer.bos_token
+    return min(usable, key=rank, default=None)
 
 
 def _add_tokens(folder: Path, tokens: Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from toolkit.models.config import TransformerConfig
 from toolkit.models.normalized import lengthen_, squared_lengths, unit_dimension
-from toolkit.models.shapes import SCORE, SCORE_BIAS
+from toolkit.models.shapes import HEAD, SCORE, SCORE_BIAS
 
 BLOCK_SIZE = 2**20
 """Elements per independently drawn block."""
@@ -144,7 +144,7 @@ def width_factor(name: str, multiplier: float) -> float:
     values of the parameter `name`, of a model `multiplier` times as wide as its base."""
     if multiplier == 1.0 or name.startswith("embeddings.") or name.endswith("_conv"):
         return 1.0
-    is_output = name in ("head.weight", SCORE) or name.endswith(".router.weight")
+    is_output = name in (HEAD, SCORE) or name.endswith(".router.weight")
     return 1.0 / (multiplier if is_output else math.sqrt(multiplier))
 
 

@@ -15,6 +15,7 @@ from toolkit.models.layer_configs import DeltaNetConfig
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
 
+HEAD = "head.weight"
 SCORE = "head.score.weight"
 """The parameter of a head that gives scores."""
 
@@ -170,7 +171,7 @@ def _head(model: Architecture) -> Iterator[Named]:
     if model.num_scores is not None:
         yield SCORE, (model.num_scores, model.d_model)
     elif not model.tie_embeddings:
-        yield "head.weight", (model.padded_vocab_size, model.d_model)
+        yield HEAD, (model.padded_vocab_size, model.d_model)
     if model.is_normalized:
         yield "head.scale", (model.padded_vocab_size,)
     yield from _norm(model, "head.norm", model.d_model)

@@ -12,8 +12,10 @@ import msgspec
 
 from toolkit.checkpoint.folder import CheckpointMetadata, read_metadata
 from toolkit.config.secrets import mask_secrets
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.lora_config import LoRAConfig
+from toolkit.models.parameters import is_trained
+from toolkit.models.shapes import SCORE
 from toolkit.storage.foreign import guard
 from toolkit.storage.remote import is_url
 
@@ -108,6 +110,14 @@ def check_adapter(
             f"{checkpoint}: holds another adapter: {', '.join(changed)}; set it back, or start a "
             "new run"
         )
+
+
+def check_new_score(lora: LoRAConfig | None) -> None:
+    """Raise ConfigError where a reward model begins from a language model, and its new head would
+    stay as it begins."""
+    if lora is not None and not is_trained(SCORE, lora):
+        problem = f"the score is new, and an adapter alone does not train it; add {SCORE}"
+        raise ConfigError(problem, key="train_module.lora.train_also")
 
 
 def _is_in(path: str, folder: str) -> bool:

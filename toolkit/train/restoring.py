@@ -25,7 +25,7 @@ from toolkit.errors import CheckpointError
 from toolkit.models.shapes import SCORE
 from toolkit.runs.files import RUN_FILES
 from toolkit.storage.remote import is_url
-from toolkit.train.adapter_base import check_adapter, describe_base, find_base
+from toolkit.train.adapter_base import check_adapter, check_new_score, describe_base, find_base
 from toolkit.train.config import NO_BASE, TrainerConfig
 from toolkit.train.matching import (
     change_of_training,
@@ -224,7 +224,10 @@ def _load_base(state: TrainState, start: Start, weights: dict[str, torch.Tensor]
     assert base is not None, "adapters are loaded with their base"
     module = state.train_module
     check_adapter(base, read_metadata(base), module.adapter_config, weights_only=True)
-    weights = _known(weights, base, state.environment)
+    known = _known(weights, base, state.environment)
+    if len(known) < len(weights):
+        check_new_score(module.adapter_config)
+    weights = known
     # Of all at once: a pattern that changes no name is an error, and may change those of one part.
     stored = renamed(dict(zip(weights, weights, strict=True)), state.config.load_key_mapping)
     new_name = {own: new for new, own in stored.items()}

@@ -111,12 +111,6 @@ class TrainState:
         parts = (self.train_module, *self._callbacks.values())
         return not all(type(part).__module__.startswith("toolkit.") for part in parts)
 
-    def check_metrics(self) -> None:
-        """Raise ConfigError where no evaluation gives what a setting names."""
-        module, own = self.train_module, self.has_own_parts
-        results = module.eval_results
-        check_metrics(self.config, self.eval_loaders, has_own_parts=own, results=results)
-
     @property
     def is_last_step(self) -> bool:
         """Whether no step follows the current one."""
@@ -153,6 +147,13 @@ class TrainState:
             reductions,
             stream=stream,
             shared={"tokens": self.tokens, "time": time.time()},
+        )
+
+    def check_metrics(self) -> None:
+        """Raise ConfigError where no evaluation gives what a setting names."""
+        results = self.train_module.eval_results
+        check_metrics(
+            self.config, self.eval_loaders, has_own_parts=self.has_own_parts, results=results
         )
 
     def record_eval(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ MODEL = {
     "intermediate_size": 48, "max_sequence_length": 128,
 }  # fmt: skip
 
+SAVER = "trainer.callbacks.checkpointer"
+BEST = "best_metric=val/reward_accuracy"
+
 
 def write_rows(root: Path) -> None:
     words = ["red", "blue", "green", "one", "two", "three"]
@@ -202,6 +205,7 @@ def test_a_plan_counts_the_teacher(root: Path) -> None:
         ({"type": "kto"}, ["--dataset.instructions.kind=preference"], "kto needs"),
         ({"type": "orpo"}, ["--model.num_scores=1"], "is of reward models"),
         ({"type": "reward"}, ["--train_module.lora.rank=2"], "add head.score.weight"),
+        ({"type": "reward"}, [f"--{SAVER}.best_metric=val/ppl"], "val/loss, val/reward_accuracy"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_training(
