@@ -9,7 +9,7 @@ from toolkit.data.order.config import MixConfig, MixSourceConfig
 from toolkit.errors import ConfigError
 from toolkit.hf.licenses import read_license
 from toolkit.hf.loading import name_in_cache
-from toolkit.hf.model_card import ModelCard, render_card
+from toolkit.hf.model_card import ModelCard, Scoring, render_card
 
 
 def front_matter(text: str) -> dict[str, object]:
@@ -81,6 +81,20 @@ def test_the_snippet_is_python():
         code = render_card(card).split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
         assert ("apply_chat_template" in code) == chat
+
+
+def test_an_adapter_that_gives_scores_tells_its_base_the_padding():
+    for has_padding in (False, True):
+        card = ModelCard(
+            title="m",
+            is_adapter=True,
+            has_tokenizer=True,
+            model={"Architecture": "LlamaForSequenceClassification"},
+            scoring=Scoring("</s>", has_padding=has_padding),
+        )
+        text = render_card(card)
+        assert ("base.config.pad_token_id = tokenizer.pad_token_id" in text) == has_padding
+        assert ("padding=True" in text) == has_padding
 
 
 def test_a_license_without_a_short_name_keeps_its_own():

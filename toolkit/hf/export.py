@@ -34,7 +34,7 @@ from toolkit.hf.source import (
 )
 from toolkit.hf.tokenizer_files import GENERATION_FILE, add_tokenizer
 from toolkit.hf.write_weights import Dtypes, type_on_disk, write_weights
-from toolkit.models.config import ModelConfig
+from toolkit.models.config import ModelConfig, TransformerConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.storage.atomic import PathLike, check_unused, new_output, write_json_atomic
 from toolkit.wording import count
@@ -113,8 +113,7 @@ def export_hf(
     type_name = str(first).removeprefix("torch.")
     items = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     with new_output(folder) as unfinished:
-        is_scored = transformer.num_scores is not None
-        below = transformer.vocab_size if is_scored else None
+        below = _scored_below(transformer)
         ends = add_tokenizer(unfinished, tokenizer_folder, generation, scored_below=below)
         write_weights(transformer, family, items, unfinished, dtypes, max_shard_bytes)
         settings: dict[str, Any] = {
@@ -124,7 +123,7 @@ def export_hf(
             **{name: ends.get(name) for name in SPECIAL_IDS},
             # A row of the embedding would not be trained by those who fine-tune the folder. Without
             # it classes that give scores take no batches.
-            "pad_token_id": ends.get("pad_token_id") if is_scored else None,
+            "pad_token_id": None if below is None else ends.get("pad_token_id"),
             "dtype": type_name,
             # What it was called before transformers 4.56.
             "torch_dtype": type_name,
@@ -247,6 +246,11 @@ def generation_of(source: ModelSource) -> dict[str, Any] | None:
     return source.origin.get("generation_config") or None
 
 
+def _scored_below(transformer: TransformerConfig) -> int | None:
+    """The size of the vocabulary of a reward model; None: it is none."""
+    return None if transformer.num_scores is None else transformer.vocab_size
+
+
 def _labels(number: int | None) -> dict[str, Any]:
     """How config.json says that the head gives so many scores."""
     if number is None:
@@ -300,7 +304,9 @@ def _export_adapter(
             source.config, family, source.lora, tensors, unfinished, source.base_name, dtype
         )
         if source.tokenizer_folder is not None:
-            add_tokenizer(unfinished, source.tokenizer_folder, generation_of(source))
+            below = _scored_below(source.config.to_transformer())
+            generation = generation_of(source)
+            add_tokenizer(unfinished, source.tokenizer_folder, generation, scored_below=below)
         _write_card(unfinished, card)
         if not_checked is None:
             not_checked = _compare_adapter(source, source.lora, unfinished, folder, dtype, check)

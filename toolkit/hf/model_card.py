@@ -1,5 +1,6 @@
 """README.md of an exported model: what is known of it, and nothing else."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -168,9 +169,11 @@ def _scoring(card: ModelCard) -> list[str]:
         lines.append('text = "What is 2 + 2? " + "4"  # the prompt with its answer')
     if end is not None:
         lines += [
-            f"end = {end!r}  # training scored texts at this token",
+            f"end = {json.dumps(end)}  # training scored texts at this token",
             "text = text.rstrip() if text.rstrip().endswith(end) else text + end",
         ]
+    if has_padding and card.is_adapter:
+        lines.append("base.config.pad_token_id = tokenizer.pad_token_id")
     if has_padding:
         rest = f'padding=True, return_tensors="pt"{special})'
         lines.append(f"inputs = tokenizer([text, text], {rest}")
