@@ -29,7 +29,7 @@ from toolkit.distributed.config import (
 from toolkit.distributed.launcher import world_size_of
 from toolkit.distributed.shards import local_tensor
 from toolkit.models.config import TransformerConfig
-from toolkit.models.layer_configs import MoEConfig
+from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
 from toolkit.models.lora_config import LoRAConfig
 from toolkit.models.parameters import quantised_layers, trained_parameters
 from toolkit.models.quantised import quantised_linears
@@ -42,6 +42,12 @@ PP, EP = PipelineParallelConfig(degree=2), ExpertParallelConfig(degree=2)
 AC = ActivationCheckpointingConfig()
 QLORA = LoRAConfig(rank=4, quantize_base="nf4", quantize_all=True)
 EXPERTS = {"moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=128)}
+LINEAR: dict[str, Any] = {
+    "attention_pattern": ("linear", "full"),
+    "delta_net": DeltaNetConfig(
+        num_key_heads=2, num_value_heads=4, key_head_dim=32, value_head_dim=32
+    ),
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "single": {"ranks": 1},
@@ -74,6 +80,12 @@ CASES: dict[str, dict[str, Any]] = {
     "ulysses": {"engine": "ddp", "cp_config": ULYSSES},
     "ring": {"engine": "fsdp", "cp_config": RING},
     "ep": {"ep_config": EP, "model": EXPERTS},
+    "tp, linear": {"tp_config": TP, "model": LINEAR},
+    "fsdp, mtp of linear layers": {
+        "engine": "fsdp",
+        "model": {**LINEAR, "attention_gate": "elementwise", "num_mtp_layers": 1},
+    },
+    "single, mtp, computed again": {"ranks": 1, "ac_config": AC, "model": {"num_mtp_layers": 2}},
     "fsdp, mtp": {"engine": "fsdp", "model": {**EXPERTS, "num_mtp_layers": 2}},
     "pp": {"pp_config": PP, "passes": 4},
     "interleaved": {"pp_config": PP.replace(schedule="Interleaved1F1B"), "passes": 8},

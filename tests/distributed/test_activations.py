@@ -184,6 +184,13 @@ def test_whole_weights_are_let_go_once_they_are_sharded(workers: WorkerPool) -> 
     assert workers.run(2, original_weights_left, True) == [0, 0]
 
 
+def test_blocks_for_multi_token_prediction_keep_nothing_on_the_device_either() -> None:
+    model = tiny_model(num_mtp_layers=1).build(init_device="meta")
+    environment = single_environment(precision="fp32")
+    materialize(model, environment, activation_offload=True)
+    assert {"forward" in vars(block) for block in model.all_blocks} == {True}
+
+
 def test_a_budget_ends_with_its_model() -> None:
     own = ActivationCheckpointingConfig(mode="budget", budget=0.25)
     environment = single_environment(precision="fp32")

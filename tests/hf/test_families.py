@@ -7,8 +7,19 @@ import pytest
 from toolkit.hf.choose import misfits
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.families.gpt import GPT2, GPT_NEOX
-from toolkit.hf.families.llama import GEMMA2, GEMMA3_TEXT, LLAMA, MISTRAL, OLMO3, PHI3, QWEN2, QWEN3
+from toolkit.hf.families.llama import (
+    GEMMA2,
+    GEMMA3_TEXT,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OLMO3,
+    PHI3,
+    QWEN2,
+    QWEN3,
+)
 from toolkit.models.config import TransformerConfig
+from toolkit.models.layer_configs import MoEConfig
 from toolkit.models.rope_scaling import LinearRopeConfig, YarnRopeConfig
 
 PLAIN = TransformerConfig(
@@ -28,6 +39,7 @@ GEMMA = PLAIN.replace(
     tie_embeddings=True,
     **MIXED,
 )
+MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=8, scaling_factor=2.0)
 YARN = YarnRopeConfig(factor=4, original_max_position_embeddings=16)
 
 
@@ -47,6 +59,10 @@ YARN = YarnRopeConfig(factor=4, original_max_position_embeddings=16)
         (PLAIN.replace(qk_norm="full", norm_placement="reordered", **MIXED), "olmo3"),
         (PLAIN.replace(rotary_fraction=0.5), "phi3"),
         (PLAIN.replace(rope_pattern=("rope", "rope", "rope", "none")), "smollm3"),
+        (
+            PLAIN.replace(rope_pattern=("none",), norm_placement="reordered", qk_norm="per_head"),
+            "exaone4",
+        ),
         (PLAIN.replace(residual_scale=0.2, logit_scale=0.1), "granite"),
         (PLAIN.replace(attention_scale=0.3, embedding_scale=4.0), "granite"),
         (PLAIN.replace(rotary_fraction=0.5, qkv_bias=True, head_dim=16), "glm"),
@@ -86,6 +102,8 @@ def test_the_plainest_family_is_preferred(config, model_type):
             PLAIN.replace(d_model=40, num_heads=6, head_dim=8),
             "hidden_size 40 is not a multiple of num_attention_heads 6, as llama asks for",
         ),
+        (LLAMA, PLAIN.replace(moe=MOE.replace(dense_layers=(0,))), "moe"),
+        (MIXTRAL, PLAIN.replace(moe=MOE), "moe.scaling_factor 2.0"),
         (MISTRAL, PLAIN.replace(**MIXED), "sliding_window or attention_pattern"),
         (MISTRAL, PLAIN.replace(bias=True), "qkv_bias True"),
         (QWEN2, PLAIN, "qkv_bias False"),

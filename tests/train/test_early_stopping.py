@@ -30,8 +30,8 @@ def stopping(**settings: Any) -> EarlyStopping:
     callback = EarlyStopping(EarlyStoppingConfig(enabled=True, **settings))
     callback.state = Run(  # type: ignore[assignment]
         step=0, is_main=True, ends=[], evaluations={}, config=TrainerConfig(), eval_loaders={},
-        has_own_parts=False, check_metrics=lambda: None,
-        environment=SimpleNamespace(broadcast=lambda value: value),
+        has_own_parts=False, environment=SimpleNamespace(broadcast=lambda value: value),
+        check_metrics=lambda: None,
     )  # fmt: skip
     return callback
 

@@ -26,6 +26,7 @@ from toolkit.distributed.sizes import Besides, check_combination, check_sizes
 from toolkit.distributed.tuning import asked_threads
 from toolkit.errors import ConfigError, DataError, ErrorList
 from toolkit.experiment.config import ExperimentConfig
+from toolkit.experiment.normalized import check_normalized
 from toolkit.experiment.objectives import check_objective, check_objective_data
 from toolkit.experiment.small_data import sizes_that_fit
 from toolkit.models.config import ClassModelConfig, ModuleConfig
@@ -107,7 +108,7 @@ def check_experiment(
         found.ask(check_schedules, config.train_module)
     found.ask(_check_own_classes, config)
     found.ask(_check_adapter, config)
-    found.ask(_check_normalized, config)
+    found.ask(check_normalized, config)
     found.ask(_check_metrics, config)
     found.ask(_check_averages, config)
     found.ask(_check_eval_names, config)
@@ -227,37 +228,6 @@ def _check_averages(config: ExperimentConfig) -> None:
     has_average = config.train_module.optim.traits().keeps_average
     if config.trainer.callbacks.ema.enabled and has_average:
         raise ConfigError(TWO_AVERAGES, key="trainer.callbacks.ema.enabled")
-
-
-def _check_normalized(config: ExperimentConfig) -> None:
-    """What would take an nGPT's weights off the sphere, or scale what is on it."""
-    module, model = config.train_module, config.model
-    if isinstance(model, ModuleConfig) or not model.to_transformer().is_normalized:
-        return
-    optim, found = module.optim, ErrorList()
-    why = "does not go with model.norm_placement normalized"
-    decays = {
-        f"train_module.optim.{name}": getattr(optim, name, None)
-        for name in ("weight_decay", "adamw_weight_decay")
-    }
-    for number, override in enumerate(optim.group_overrides):
-        key = f"train_module.optim.group_overrides.{number}.opts.weight_decay"
-        decays[key] = override.opts.get("weight_decay")
-    for key, decay in decays.items():
-        if decay:
-            found.add(ConfigError(f"{decay} {why}; set it to 0", key=key))
-    if optim.mup is not None:
-        found.add(ConfigError(f"muP {why}; leave it out", key="train_module.optim.mup"))
-    if optim.traits().keeps_average:
-        problem = f"an average of weights {why}; use adamw, muon or another type"
-        found.add(ConfigError(problem, key="train_module.optim.type"))
-    for name in ("ema", "model_merger"):
-        if getattr(config.trainer.callbacks, name).enabled:
-            problem = f"an average of weights {why}; leave it out"
-            found.add(ConfigError(problem, key=f"trainer.callbacks.{name}"))
-    if module.lora is not None:
-        found.add(ConfigError(f"{why}; leave it out", key="train_module.lora"))
-    found.raise_any()
 
 
 def _check_adapter(config: ExperimentConfig) -> None:

@@ -53,14 +53,14 @@ def merged(
     tokens were trained.
 
     `adapter` holds the adapter's tensors by our names and, whole, the parameters trained besides
-    (`train_also`), which take the place of the base's; so does the head of a reward model, which
-    comes last where the base is a language model. Raises CheckpointError: a tensor of the
-    adapter belongs to none of the base's, or has another shape."""
+    (`train_also`), which take the place of the base's; a reward model's score takes that of the
+    head. Raises CheckpointError: a tensor of the adapter belongs to none of the base's, or has
+    another shape."""
     unused = set(adapter)
     for name, tensor in base:
-        layer = name.removesuffix(".weight")
         if name == HEAD and SCORE in adapter:
             continue
+        layer = name.removesuffix(".weight")
         if name in adapter:
             _check_shape(name, adapter[name].shape, tensor.shape)
             tensor = adapter[name]

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from toolkit.config import Config
 from toolkit.errors import CheckpointError
 from toolkit.hf.families import FAMILIES
 from toolkit.hf.family import Family, Settings
@@ -120,9 +121,25 @@ def differences(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """All parts of `one` in which `other` differs, as "name value"."""
     second = defining_values(other)
     return [
-        f"{name} {value!r}"
+        part
         for name, value in defining_values(one).items()
         if not _equal(value, second[name])
+        for part in _parts(name, value, second[name])
+    ]
+
+
+def _parts(name: str, value: Any, other: Any) -> list[str]:
+    """What differs: a field, or of (layers, their config) what is not alike in them."""
+    if not isinstance(value, tuple) or not value or not isinstance(value[-1], Config):
+        return [f"{name} {value!r}"]
+    if other is None:
+        return [name]
+    (layers, own), (other_layers, others) = value, other
+    found = [f"layers of {name} {layers}"] if layers != other_layers else []
+    return found + [
+        f"{name}.{field} {getattr(own, field)!r}"
+        for field in own.__struct_fields__
+        if not _equal(getattr(own, field), getattr(others, field))
     ]
 
 

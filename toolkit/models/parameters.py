@@ -132,7 +132,8 @@ def adapted_layers(model: Architecture, lora: LoRAConfig) -> list[str]:
     if narrow is not None and lora.rank > (least := min(layers[narrow][-2:])):
         rows, columns = layers[narrow][-2:]
         refuse(
-            f"{lora.rank} is more than {narrow} has ({rows} x {columns}); use at most {least}",
+            f"{lora.rank} is more than {narrow} has ({rows} x {columns}); use at most {least}, or "
+            "target_modules without it",
             "rank",
         )
     experts = next((name for name in adapted if name in stacked), None)

@@ -34,7 +34,7 @@ class TrainModule(ABC):
     has_perplexity = True
     """Whether the exponential of the loss is a perplexity."""
     eval_results: Sequence[str] | None = None
-    """What an evaluation gives; None: the results of a language model."""
+    """Names of what an evaluation gives; None: what one of a language model does."""
     progress: Progress | None = None
     """Where training stands; the trainer sets it before `train_batch`. None: outside of it."""
     model_config: Any

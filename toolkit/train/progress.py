@@ -72,9 +72,9 @@ def nothing_left(config: TrainerConfig, last: int, total: int, reached: int) -> 
     return f"nothing is left: {end}; to go on, add {' '.join(flags)}"
 
 
-def no_checkpoint(load_path: str) -> str:
-    """That `trainer.load_path` holds none, why, and what to give in its place."""
-    return f"trainer.load_path {load_path}: holds no valid checkpoint{_why_nothing(load_path)}"
+def no_checkpoint(load_path: str, key: str = "trainer.load_path") -> str:
+    """That the path of a config's `key` holds none, why, and what to give in its place."""
+    return f"{key} {load_path}: holds no valid checkpoint{_why_nothing(load_path)}"
 
 
 def _why_nothing(load_path: str) -> str:

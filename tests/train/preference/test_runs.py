@@ -1,10 +1,11 @@
 """Whole runs: the reference's table, resuming, adapters, reward models, and what is refused."""
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.workers import WorkerPool
@@ -13,6 +14,7 @@ from toolkit.checkpoint.tensors import iterate_tensors
 from toolkit.errors import ToolkitError
 from toolkit.experiment.load import load_experiment
 from toolkit.hf.read_config import read_hf_config
+from toolkit.train.preference.documents import document_sums
 
 MODEL = {
     "type": "transformer", "vocab_size": 257, "d_model": 32, "num_layers": 1, "num_heads": 2,
@@ -60,8 +62,9 @@ def config_of(root: Path, objective: dict[str, Any], **module: Any) -> Path:
         },
     }  # fmt: skip
     path = root / f"{objective['type']}.json"
-    path.write_text(json.dumps(config))
-    return path
+    own = path.with_suffix(f".{os.getpid()}")  # every rank writes it
+    own.write_text(json.dumps(config))
+    return own.replace(path)
 
 
 def start(root: str, objective: dict[str, Any], name: str, flags: list[str]) -> int | str:
@@ -117,17 +120,22 @@ def losses(folder: Path) -> list[float]:
 
 def test_dpo_resumes_to_the_bit_with_its_table_and_without(workers: WorkerPool, root: Path) -> None:
     dpo = {"type": "dpo"}
-    best = [f"--{SAVER}.{line}" for line in ("keep_best=1", "best_mode=max", BEST)]
-    assert workers.run(1, start, str(root), dpo, "whole", best)[0] == 0
+    best = "--trainer.callbacks.checkpointer.best_metric=val/reward_margin"
+    assert workers.run(1, start, str(root), dpo, "whole", [best])[0] == 0
     expected = losses(root / "whole")
     assert expected[0] == pytest.approx(0.6931472, abs=1e-6)
     assert expected[-1] < expected[0]
     (table,) = {path.parent for path in root.glob("data/preference/*/reference/*.npy")}
     kept = {path.name: path.read_bytes() for path in table.iterdir()}
     assert len(kept) == 2  # of training and of validation rows
-    stop = ["--trainer.hard_stop.value=2", "--trainer.hard_stop.unit=steps"]
-    assert workers.run(1, start, str(root), dpo, "parts", stop)[0] == 0
-    shutil.rmtree(table)
+    stop = ["--trainer.hard_stop.unit=steps", "--trainer.hard_stop.value="]
+    assert workers.run(1, start, str(root), dpo, "parts", [stop[0], f"{stop[1]}2"])[0] == 0
+    (root / "base").rename(root / "elsewhere")
+    assert workers.run(1, start, str(root), dpo, "parts", [stop[0], f"{stop[1]}3"])[0] == 0
+    (root / "elsewhere").rename(root / "base")
+    missing, short = sorted(table.iterdir())
+    missing.unlink()
+    np.save(short, np.load(short)[:3])
     assert workers.run(1, start, str(root), dpo, "parts", ["--trainer.hard_stop=null"])[0] == 0
     assert losses(root / "parts") == expected
     assert {path.name: path.read_bytes() for path in table.iterdir()} == kept
@@ -161,6 +169,9 @@ def test_a_reward_model_is_saved_resumed_and_exported(workers: WorkerPool, root:
     assert workers.run(1, start, str(root), reward, "scored", stop)[0] == 0
     assert workers.run(1, start, str(root), reward, "scored", ["--trainer.hard_stop=null"])[0] == 0
     assert len(losses(root / "scored")) == 4
+    dpo = {"type": "dpo", "reference": f"{root}/scored"}
+    said = workers.run(1, start, str(root), dpo, "other", [])[0]
+    assert "is a reward model, which has no probabilities of tokens" in said
     checkpoint = find_checkpoint(root / "scored").checkpoint
     assert checkpoint is not None
     assert read_hf_config(checkpoint / "hf").config.num_scores == 1
@@ -214,3 +225,19 @@ def test_what_does_not_fit_is_said_before_training(
     with pytest.raises(ToolkitError) as caught:
         summarize(load_experiment(str(path), given), {})
     assert said in str(caught.value)
+
+
+def break_reference(root: str) -> int | str:
+    """Train against a reference model that gives NaN."""
+    from unittest.mock import patch
+
+    def broken(values: Any, batch: Any) -> Any:
+        return document_sums(values, batch) * float("nan")
+
+    with patch("toolkit.train.preference.module.document_sums", broken):
+        return start(root, {"type": "dpo"}, "broken", ["--train_module.precision=bf16"])
+
+
+def test_a_reference_that_is_broken_is_said(workers: WorkerPool, root: Path) -> None:
+    said = workers.run(1, break_reference, str(root))[0]
+    assert "45 units of train log-probabilities that are not finite" in said

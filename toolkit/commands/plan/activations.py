@@ -20,6 +20,12 @@ _CHUNK_SIZE = 64
 """Of linear attention: `toolkit.models.delta_rule.CHUNK_SIZE`."""
 
 
+_READ_BLOCK_INPUT = {
+    f"attention.{name}" for name in ("query", "key", "value", "gate", "decay", "write")
+}
+"""Layers of attention of either kind that multiply what the block is given."""
+
+
 class Activations(NamedTuple):
     """Bytes that one block, or several, keep from forward to backward."""
 
@@ -101,7 +107,7 @@ def of_adapters(
         needed |= {name.removesuffix(".lora_A") for name in needed}
     block_input = job.tokens * job.model.d_model * size
     spared = Activations()
-    if not needed & {"attention.query", "attention.key", "attention.value"}:
+    if not needed & _READ_BLOCK_INPUT:
         spared += Activations(attention=block_input)
     if not sparse:
         if not needed & {"feed_forward.gate", "feed_forward.up"}:
@@ -124,6 +130,12 @@ def block_input(job: Job) -> float:
     return job.chunk_tokens * job.model.d_model * job.compute_bytes
 
 
+def joining(job: Job) -> float:
+    """Bytes of what a module for multi-token prediction keeps before its block: both inputs and
+    statistics of its norms, and what its projection reads."""
+    return job.chunk_tokens * (4 * job.model.d_model * job.compute_bytes + 2 * FP32)
+
+
 def saved_results(job: Job, *, sparse: bool, linear: bool = False) -> Activations:
     """Bytes of the results that a block keeps which is computed again but for them."""
     config, model, layout, size = job.ac_config, job.model, job.layout, job.compute_bytes
@@ -133,7 +145,8 @@ def saved_results(job: Job, *, sparse: bool, linear: bool = False) -> Activation
     tokens, head = job.tokens, model.attention_head_dim
     query, key = heads * head, kv_heads * head
     # In the order in which a block computes them.
-    attention = [query, key, key, model.d_model]
+    gates = [model.gate_width // layout.tp] if model.gate_width else []
+    attention = [query, key, key, *gates, model.d_model]
     scores = float(query * size + heads * FP32)
     if linear and (net := _delta_net_of(job)) is not None:
         attention = [net.key_width, net.key_width, net.value_width, net.value_width]

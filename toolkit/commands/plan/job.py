@@ -18,7 +18,7 @@ from toolkit.models.parameters import (
     flops_per_token,
     is_adapter,
 )
-from toolkit.models.shapes import Shape, mixing_flops, used_weights
+from toolkit.models.shapes import Shape, head_flops_per_token, mixing_flops, used_weights
 from toolkit.optim.base import Optimizer
 from toolkit.optim.config import ClassOptimConfig, SGDConfig
 from toolkit.optim.muon_config import MATRICES
@@ -85,7 +85,12 @@ class Group(NamedTuple):
     @property
     def is_linear(self) -> bool:
         """Whether their attention is linear."""
-        return any(p.name == "attention.A_log" for p in self.parameters)
+        return any(p.name.endswith("attention.A_log") for p in self.parameters)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether they are for multi-token prediction."""
+        return any(p.name == "projection.weight" for p in self.parameters)
 
 
 class ModelParts:
@@ -145,7 +150,7 @@ class ModelParts:
             mixing_flops(model, n, sequence_length) / 3 / sequence_length for n in range(num_blocks)
         ]
         """The same in attention's products of queries, keys and values."""
-        self.head = 2.0 * model.vocab_size * model.d_model * (1 + model.num_mtp_layers)
+        self.head = head_flops_per_token(model) / 3 * (1 + model.num_mtp_layers)
         """The same in the output head, as often as it is used."""
         self.flops_per_token = float(flops_per_token(model, parameters, sequence_length))
         """To train one token, as metrics count them."""

@@ -14,6 +14,7 @@ from toolkit.commands.plan.activations import (
     block_activations,
     block_input,
     casts,
+    joining,
     loss_memory,
     of_adapters,
     saved_results,
@@ -254,6 +255,8 @@ class _Blocks:
                 self.kept += kept.times(group.number - group.repeated)
             if group.repeated:
                 self.kept += saved.times(group.repeated)
+            if group.is_ahead:
+                self.kept += Activations(residual=group.number * joining(job))
             if job.activation_offload:  # but for the block that is computed backwards
                 again, self.kept = max(again, kept.total), Activations()
             # What is in few bits is made anew for each product, and not kept.

@@ -96,7 +96,7 @@ def local_shape(name: str, shape: Shape, model: TransformerConfig, tp: int, ep: 
     part, _, kind = name.rpartition(".")
     part = part.removesuffix(".lora_A").removesuffix(".lora_B")
     last = part.rpartition(".")[2]
-    if name.endswith(UNDECAYED):
+    if f".{name}".endswith(UNDECAYED):
         return _cut(shape, 0, tp)
     if kind == "key_scale":
         return (max(shape[0] // tp, model.attention_head_dim),)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from toolkit.errors import CheckpointError
-from toolkit.hf.families.llama import PRE_NORMS, PROJECTIONS, SHARED
+from toolkit.hf.families.llama import PRE_NORMS, PROJECTIONS, QK_NORMS, SHARED
 from toolkit.hf.families.parts import (
     ATTENTION_BIAS,
     HEAD_DIM,
@@ -76,10 +76,6 @@ _SILU = activation("hidden_act", "swiglu")
 
 _CONVOLUTIONS = ("attention.query_conv", "attention.key_conv", "attention.value_conv")
 _FEED_FORWARD = {name: ours for name, ours in PROJECTIONS.items() if name.startswith("mlp.")}
-_QK_NORMS = {
-    "self_attn.q_norm": "attention.query_norm",
-    "self_attn.k_norm": "attention.key_norm",
-}
 
 
 def _read_olmo_rope(settings: Settings) -> dict[str, Any]:
@@ -118,7 +114,7 @@ OLMO_HYBRID = Family(
     ),
     block={
         **PROJECTIONS,
-        **_QK_NORMS,
+        **QK_NORMS,
         "post_attention_layernorm": "attention_norm",
         "post_feedforward_layernorm": "feed_forward_norm",
     },
@@ -179,7 +175,7 @@ QWEN3_5_TEXT = Family(
         # Head by head: the query, then its gate.
         "self_attn.q_proj": ("attention.query", "attention.gate"),
         **{name: ours for name, ours in PROJECTIONS.items() if name != "self_attn.q_proj"},
-        **_QK_NORMS,
+        **QK_NORMS,
         **PRE_NORMS,
     },
     linear_block={

@@ -3,7 +3,11 @@
 from typing import Any
 
 from toolkit.hf.families.llama import PRE_NORMS, PROJECTIONS
-from toolkit.hf.families.llama_kin import no_rope_in_full_layers, write_partial_rope
+from toolkit.hf.families.llama_kin import (
+    no_rope_in_full_layers,
+    write_partial_rope,
+    write_windows,
+)
 from toolkit.hf.families.parts import (
     ATTENTION_BIAS,
     INIT_STD,
@@ -98,7 +102,7 @@ COHERE2 = Family(
     "cohere2",
     "Cohere2ForCausalLM",
     can_score=False,
-    parts=(*_COHERE, Part(_read_cohere2, LAYER_TYPES.write)),
+    parts=(*_COHERE, Part(_read_cohere2, write_windows)),
     block=_COHERE_BLOCK,
     rotates_neighbours=True,
 )

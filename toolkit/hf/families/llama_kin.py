@@ -107,6 +107,15 @@ def no_rope_in_full_layers(settings: Settings) -> dict[str, Any]:
     return {"rope_pattern": shortest_pattern(kinds)}
 
 
+def write_windows(config: TransformerConfig) -> dict[str, Any]:
+    """As `LAYER_TYPES`; but where no layer has a window and none rotates, one that no layer uses:
+    such classes look for one."""
+    fields = LAYER_TYPES.write(config)
+    if fields["sliding_window"] is None and not config.has_rope(0):
+        fields["sliding_window"] = config.max_sequence_length
+    return fields
+
+
 def _read_exaone4(settings: Settings) -> dict[str, Any]:
     windows = LAYER_TYPES.read(settings)
     has_windows = settings.take("sliding_window") is not None
@@ -122,7 +131,7 @@ EXAONE4 = Family(
         UNUSUAL_HEAD_DIM,
         # The config class has merged it into `layer_types`.
         without_effect("sliding_window_pattern"),
-        Part(_read_exaone4, LAYER_TYPES.write),
+        Part(_read_exaone4, write_windows),
         always(norm_placement="reordered", qk_norm="per_head"),
     ),
     block={

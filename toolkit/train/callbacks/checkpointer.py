@@ -54,9 +54,8 @@ class Checkpointer(Callback):
         return ShardWriter(self.state.environment.checkpoint_group)
 
     def pre_train(self) -> None:
-        state = self.state
-        state.check_metrics()
-        self._saved_at = state.saved_step
+        self.state.check_metrics()
+        self._saved_at = self.state.saved_step
 
     def pre_optim_step(self) -> None:
         self.state.wait_for_copies()

@@ -37,8 +37,7 @@ class EarlyStopping(Callback):
         """It was said that the metric has not come yet."""
 
     def pre_train(self) -> None:
-        state = self.state
-        state.check_metrics()
+        self.state.check_metrics()
         self._take_evaluation()  # which was broken off by a stop, or one before the first step
         self._end_if_over()
 

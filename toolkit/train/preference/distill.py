@@ -55,7 +55,7 @@ class DistillTrainModule(TransformerTrainModule):
 
     def before_training(self, state: Any) -> None:
         """Raises CheckpointError: there is no teacher, or it is another than this run had."""
-        checkpoint = newest_checkpoint(self.objective.teacher, self.environment)
+        checkpoint = newest_checkpoint(self.objective.teacher, self.environment, key=KEY)
         metadata = read_metadata(checkpoint)
         check_same_vocabulary(checkpoint, metadata.extra, self.model_config.vocab_size, key=KEY)
         if self._fingerprint not in (None, metadata.xxh3):

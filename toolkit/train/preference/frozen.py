@@ -27,9 +27,9 @@ from toolkit.storage.remote import is_url
 from toolkit.train.progress import no_checkpoint
 
 
-def newest_checkpoint(path: str, environment: TrainingEnvironment) -> Path | str:
-    """The newest whole checkpoint of a run, folder or URL; every rank calls it. Raises
-    CheckpointError: there is none."""
+def newest_checkpoint(path: str, environment: TrainingEnvironment, *, key: str) -> Path | str:
+    """The newest whole checkpoint of a run, folder or URL, which `key` of the config names; every
+    rank calls it. Raises CheckpointError: there is none."""
     place: Any = {"rank": environment.rank, "group": environment.cpu_group}
     found: Path | str | None
     if is_url(path):
@@ -37,7 +37,7 @@ def newest_checkpoint(path: str, environment: TrainingEnvironment) -> Path | str
     else:
         found = find_checkpoint(Path(path).expanduser(), **place).checkpoint
     if found is None:
-        raise CheckpointError(no_checkpoint(path))
+        raise CheckpointError(no_checkpoint(path, key))
     return found
 
 

@@ -67,12 +67,12 @@ class PreferenceTrainModule(TransformerTrainModule):
     ) -> None:
         assert config.objective is not None, "build it with train_module.objective"
         self.objective: Any = config.objective
+        self.eval_results = results_of(config)
         self.is_scored = isinstance(self.objective, RewardConfig)
         if not self.is_scored:
             head: Any = getattr(model, "head")  # noqa: B009
             head.loss = TokenLogProbs(head.loss)
         super().__init__(config, model, environment=environment)
-        self.eval_results = results_of(config)
         self._reference = References(self) if isinstance(self.objective, WithReference) else None
         self._eval_kl: Tensor | None = None
 

@@ -3,8 +3,8 @@
 1. Before the first step every rank computes those of its share of the rows of each set, all ranks
    get them from one another, and rank 0 writes them into `reference/KEY.npy` in the folder of the
    token files. KEY stands for the rows, the weights of the reference, and the compute type.
-2. A later start finds the file. Where it is gone, they are computed again from the same checkpoint:
-   its hash is part of the run's own checkpoints.
+2. A later start finds the file, and a resume needs no more. Where it is gone, they are computed
+   again from the same checkpoint: its hash is part of the run's own checkpoints.
 3. Under an adapter on weights that are not trained, the reference is the model itself without it.
    Otherwise it is a second model, which is there until they are computed.
 
@@ -28,11 +28,7 @@ from toolkit.errors import CheckpointError, DataError
 from toolkit.models.log_probs import TokenLogProbs
 from toolkit.storage.atomic import write_atomic
 from toolkit.train.adapter_base import BaseCheckpoint, describe_base
-from toolkit.train.preference.frozen import (
-    FrozenModel,
-    load_frozen,
-    newest_checkpoint,
-)
+from toolkit.train.preference.frozen import FrozenModel, load_frozen, newest_checkpoint
 from toolkit.train.preference.vocabulary import check_same_vocabulary
 from toolkit.wording import count
 
@@ -80,15 +76,15 @@ class References:
         sets = {"train": (loader.dataset, loader.dataset.num_instances)}
         for name, own in state.eval_loaders.items():
             sets[name] = (own.dataset, own.num_instances)
-        checkpoint = self._checkpoint(state)
-        assert self._record is not None
+        if self._record is None or self._is_own_base:
+            self._checkpoint(state)
         folder = loader.tokenizer_folder
         places = (folder.parent if folder is not None else state.run.folder) / FOLDER
         for name, (dataset, rows) in sets.items():
             path = places / f"{self._key(dataset, rows)}.npy"
-            table = self._read(path, state)
+            table = self._read(path, dataset, state)
             if table is None:
-                table = self._computed(name, dataset, rows, checkpoint, state)
+                table = self._computed(name, dataset, rows, state)
                 if table is None:
                     return  # asked to stop; so does the loop
                 if state.is_main:
@@ -102,20 +98,23 @@ class References:
         return self._config.reference is None and lora is not None and not lora.train_also
 
     def _checkpoint(self, state: Any) -> Path | str | None:
-        """Where the reference is from; None: it is the model itself without adapters."""
+        """Where the reference is from, which `_record` tells from now on; None: it is the model
+        itself without adapters."""
         before, module = self._record, self._module
         if self._is_own_base:
             assert module.base is not None, "an adapter is trained on a checkpoint"
             self._record = _plain(module.base)
             return None
-        given = self._config.reference or state.config.load_path
+        given, key = self._config.reference or state.config.load_path, KEY
+        if self._config.reference is None:
+            key = "trainer.load_path"
         checkpoint = None
         if given is not None:
-            checkpoint = newest_checkpoint(given, state.environment)
+            checkpoint = newest_checkpoint(given, state.environment, key=key)
             if before is not None and read_metadata(checkpoint).xxh3 != before["fingerprint"]:
                 checkpoint = None  # its run has gone on
         if checkpoint is None and before is not None:
-            checkpoint = newest_checkpoint(before["path"], state.environment)
+            checkpoint = newest_checkpoint(before["path"], state.environment, key=KEY)
             if read_metadata(checkpoint).xxh3 != before["fingerprint"]:
                 raise CheckpointError(
                     f"{KEY}: this run began with step {before['step']} of {before['path']}, which "
@@ -143,7 +142,7 @@ class References:
         }
         return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
-    def _read(self, path: Path, state: Any) -> np.ndarray | None:
+    def _read(self, path: Path, dataset: Any, state: Any) -> np.ndarray | None:
         """The table in `path` on every rank; None: there is none that is whole."""
         table: np.ndarray | None = None
         if state.is_main and path.is_file():
@@ -151,17 +150,17 @@ class References:
                 table = np.load(path, allow_pickle=False)
                 if table.ndim != 2 or table.shape[1] != 2 or not np.isfinite(table).all():
                     raise ValueError("it holds no log-probabilities of pairs")
+                if len(table) != getattr(dataset, "num_units", len(table)):
+                    raise ValueError(f"it is of {len(table):,} rows, not {dataset.num_units:,}")
                 log.info("log-probabilities under the reference model: %s", path)
             except (OSError, ValueError, EOFError) as error:
                 table = None
                 log.warning("%s: not usable, computed again: %s", path, error)
         return state.environment.broadcast(table)
 
-    def _computed(
-        self, name: str, dataset: Any, rows: int, checkpoint: Path | str | None, state: Any
-    ) -> np.ndarray | None:
+    def _computed(self, name: str, dataset: Any, rows: int, state: Any) -> np.ndarray | None:
         module, environment = self._module, state.environment
-        if checkpoint is not None and self._model is None:
+        if self._model is None and (checkpoint := self._checkpoint(state)) is not None:
             log.info("reference model: %s", checkpoint)
             self._model = load_frozen(checkpoint, environment, prepare=_give_log_probs)
         log.info("log-probabilities of %s of %s", count(rows, "row"), name)
@@ -188,9 +187,16 @@ class References:
             for pair in zip(*ranks, strict=True)
         ]
         last = max((int(own.max()) for own, _ in found if own.size), default=-1)
-        table = np.zeros((last + 1, 2), dtype=np.float32)
+        table = np.zeros((getattr(dataset, "num_units", last + 1), 2), dtype=np.float32)
         for own, sums_of_own in found:
             table[own] = sums_of_own
+        if broken := int((~np.isfinite(table)).any(axis=1).sum()):
+            assert self._record is not None
+            raise CheckpointError(
+                f"{KEY}: the model in {self._record['path']} gives {broken:,} of "
+                f"{count(len(table), 'unit')} of {name} log-probabilities that are not finite; "
+                "name another one, or set train_module.precision to bf16 or fp32"
+            )
         return table
 
 
