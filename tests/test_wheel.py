@@ -112,7 +112,7 @@ def test_the_extra_all_is_every_extra_that_installs_together() -> None:
     inner = [Requirement(text) for text in extras["all"]]
     assert {requirement.name for requirement in inner} == {"toolkit"}
     together = {extra for requirement in inner for extra in requirement.extras}
-    apart = {"dev", "docs", "all", "eval", "comet", "clearml", "swanlab", "aim", "beaker"}
+    apart = {"dev", "docs", "all", "eval", "comet", "clearml", "swanlab", "aim", "beaker", "fla"}
     assert together | apart == set(extras)
     assert not together & apart
     wanted = [Requirement(text) for extra in (*together, "dev") for text in extras[extra]]

@@ -46,6 +46,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_own_data_does_not_lie_under_the_name_of_the_recipes(first: Path) -> None:
     (folder,) = (first / "data").glob("[!.]*")
     assert folder.name.startswith("text-")

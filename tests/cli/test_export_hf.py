@@ -143,6 +143,7 @@ def test_damage_that_sizes_do_not_show_is_an_error(tiny_run, capsys):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_the_family_of_origin_survives_training(tiny_run, capsys):
     source = find_source(tiny_run)
     model = load_model(source)

@@ -52,6 +52,7 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_run_step_and_folder_give_the_same_text_and_leave_nothing(
     tiny_run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

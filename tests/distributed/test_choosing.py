@@ -93,6 +93,7 @@ def run_in(folder: Path, config: ExperimentConfig, stop: int | None = None) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_recorded_precision_whatever_is_measured_now(
     tmp_path: Path,
 ) -> None:

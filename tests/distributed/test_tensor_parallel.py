@@ -303,6 +303,7 @@ def changed(group: Any) -> dict[str, tuple[float, str]]:
     }
 
 
+@pytest.mark.slow
 def test_recomputed_and_compiled_without_a_graph_break(workers: WorkerPool) -> None:
     for errors in workers.run(2, in_group, changed):
         assert max(errors.values()) < (BOUND, "")

@@ -181,6 +181,7 @@ def test_a_run_that_cannot_be_continued_like_this_stays_as_it_is(
     assert content(copy) == before
 
 
+@pytest.mark.slow
 def test_an_error_of_relaunched_processes_is_still_one_line(fsdp: Path, place: Path) -> None:
     before = content(fsdp)
     result = run("toolkit", "resume", fsdp, "--train_module.rank_microbatch_size=1024", cwd=place)

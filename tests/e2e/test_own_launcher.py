@@ -16,6 +16,7 @@ from tests.workers import free_port
 TRAIN = ("toolkit", "train", "my.json", "--train_module.precision=fp32")
 
 
+@pytest.mark.slow
 def test_the_launcher_gives_the_numbers_of_torchrun_and_a_stop_is_saved(
     fsdp: Path, place: Path
 ) -> None:

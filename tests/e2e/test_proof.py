@@ -44,6 +44,7 @@ def test_a_replay_gives_the_recorded_losses_bit_for_bit_and_touches_nothing(
     (folder / "metadata" / "verify-replay-step50.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_replay_on_another_engine_finds_the_step_that_was_changed(
     fsdp: Path, place: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def broken(single: tuple[Path, Result], place: Path) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_first_cause_is_named_by_the_rank_that_had_it(broken: dict[str, Any]) -> None:
     result = broken["raised"]
     assert result.code == 1

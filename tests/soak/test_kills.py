@@ -64,6 +64,7 @@ def soak(kind: Kind, folder: Path, *, kills: int, per_run: int, seed: int) -> Ta
     return total
 
 
+@pytest.mark.slow
 def test_a_run_killed_six_times_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     tally = soak(Kind(), tmp_path, kills=6, per_run=6, seed=11)
     assert tally.kills == 6

@@ -144,6 +144,7 @@ def test_dpo_resumes_to_the_bit_with_its_table_and_without(workers: WorkerPool, 
     assert "ppl" not in result
 
 
+@pytest.mark.slow
 def test_the_base_of_an_adapter_is_the_reference_either_way(
     workers: WorkerPool, root: Path
 ) -> None:

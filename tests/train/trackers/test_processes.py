@@ -66,6 +66,7 @@ def sent(folder, field):
     return json.loads((folder / "trackers" / f"{field}.json").read_text())
 
 
+@pytest.mark.slow
 def test_wandb_offline_files_hold_each_step_once(real):
     folder, log = real
     files = sorted((folder / "trackers" / "wandb").glob("offline-run-*/run-*.wandb"))
