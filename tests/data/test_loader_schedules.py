@@ -109,6 +109,6 @@ def test_a_batch_larger_than_an_epoch_is_refused(dataset: DatasetConfig) -> None
     huge = (BatchSizeChangeConfig(tokens=ROW, global_batch_size=1 << 20),)
     with pytest.raises(
         DataError,
-        match="global_batch_size 1048576 needs 65536; data_loader.global_batch_size 17296 fits",
+        match=r"global_batch_size 1048576 needs 65536; data_loader\.global_batch_size 17296 fits",
     ):
         loader_of(dataset, batch_size_schedule=huge)
