@@ -22,7 +22,7 @@ from toolkit.errors import ConfigError
 from toolkit.metrics.norms import layer_norms, layer_of
 from toolkit.models.init import canonical_parameters
 from toolkit.models.loss import LossSums, MTPSums
-from toolkit.models.router import RouterSums
+from toolkit.models.router import added_routers
 from toolkit.optim.base import traits_of
 
 Part = TypeVar("Part")
@@ -265,10 +265,9 @@ def added_sums(parts: Sequence[LossSums]) -> LossSums:
     for part in parts[1:]:
         loss, ce, z = loss + part.loss, ce + part.ce, z + part.z
     routers = [part.router for part in parts if part.router is not None]
-    stacked = [torch.stack(values).sum(0) for values in zip(*routers, strict=True)]
     further = [part.mtp for part in parts if part.mtp is not None]
     mtp = MTPSums(*(sum(values) for values in zip(*further, strict=True))) if further else None
-    return LossSums(loss, ce, z, RouterSums(*stacked) if routers else None, mtp)
+    return LossSums(loss, ce, z, added_routers(routers) if routers else None, mtp)
 
 
 def check_whole_parameters(optimizer: torch.optim.Optimizer, *, are_cut: bool, engine: str) -> None:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from toolkit.models.layer_configs import MoEConfig
-from toolkit.models.loss import IGNORE_INDEX, LinearCrossEntropy
+from toolkit.models.loss import (
+    IGNORE_INDEX,
+    LinearCrossEntropy,
+    equal_chunks,
+    scaled_gradients,
+)
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums, router_loss
 from toolkit.models.shapes import loss_chunk_rows
@@ -179,11 +184,8 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_weight: Tensor | None = None
         own, other = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
-        number = hidden.shape[0]
-        rows = -(-number // max(1, -(-number // chunk_size)))
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, number, rows or 1):
-                part = slice(start, start + rows)
+            for part in equal_chunks(hidden.shape[0], chunk_size):
                 chunk = hidden[part]
                 chunk_ce, chunk_divergence, grad = kernel(
                     chunk @ own.t(),
@@ -208,9 +210,4 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, *([None] * 7)
+        return *scaled_gradients(ctx, grad_loss), *([None] * 7)

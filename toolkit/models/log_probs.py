@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from toolkit.models.layer_configs import MoEConfig
-from toolkit.models.loss import IGNORE_INDEX, LinearCrossEntropy, VocabularyShard
+from toolkit.models.loss import (
+    IGNORE_INDEX,
+    LinearCrossEntropy,
+    VocabularyShard,
+    equal_chunks,
+)
 from toolkit.models.norms import widened
 from toolkit.models.router import RouterSums, router_loss
 from toolkit.models.shapes import loss_chunk_rows
@@ -131,7 +136,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         values = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(hidden.shape[0], chunk_size):
+            for part in equal_chunks(hidden.shape[0], chunk_size):
                 logits = hidden[part] @ compute_weight.t()
                 values[part] = kernel(logits, labels[part], None, **options)
         return values.view(shape)
@@ -148,7 +153,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(hidden.shape[0], chunk_size):
+            for part in equal_chunks(hidden.shape[0], chunk_size):
                 chunk = hidden[part]
                 own = kernel(chunk @ compute_weight.t(), labels[part], grad[part], **options)
                 if grad_hidden is not None:
@@ -160,9 +165,3 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.view(*shape, -1)
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def _chunks(rows: int, chunk_size: int) -> list[slice]:
-    """Equal chunks of at most `chunk_size` rows, so that a compiled kernel sees one shape."""
-    size = -(-rows // max(1, -(-rows // chunk_size)))
-    return [slice(start, start + size) for start in range(0, rows, size or 1)]

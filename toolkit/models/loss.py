@@ -255,6 +255,24 @@ def chunked_linear_cross_entropy(
     return LossSums(*function(hidden, weight, labels, options, chunk_size, kernel, grad_enabled))
 
 
+def equal_chunks(rows: int, chunk_size: int) -> list[slice]:
+    """Chunks of at most `chunk_size` rows, equal so that a compiled kernel sees one shape (two when
+    rows do not divide)."""
+    size = -(-rows // max(1, -(-rows // chunk_size)))
+    return [slice(start, start + size) for start in range(0, rows, size or 1)]
+
+
+def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """In backward, those of hidden states and weight that forward has saved, either of which may be
+    None, times the gradient of the loss."""
+    grad_hidden, grad_weight = ctx.saved_tensors
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+    if grad_weight is not None:
+        grad_weight = grad_weight * grad_loss
+    return grad_hidden, grad_weight
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,22 +294,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         shard: VocabularyShard | None = options["shard"]
         if shard is not None:
             chunk_size *= shard.ranks
-        # Equal chunks, so that a compiled kernel sees one shape (two when rows do not divide).
-        num_chunks = -(-hidden.shape[0] // chunk_size)
-        rows = -(-hidden.shape[0] // max(1, num_chunks))
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], rows or 1):
-                chunk = hidden[start : start + rows]
+            for part in equal_chunks(hidden.shape[0], chunk_size):
+                chunk = hidden[part]
                 chunk_ce, chunk_z, grad = kernel(
                     chunk @ compute_weight.t(),
-                    labels[start : start + rows],
+                    labels[part],
                     with_grad=hidden_grad or weight_grad,
                     **options,
                 )
                 ce += chunk_ce
                 z += chunk_z
                 if grad_hidden is not None and grad is not None:
-                    torch.mm(grad, compute_weight, out=grad_hidden[start : start + rows])
+                    torch.mm(grad, compute_weight, out=grad_hidden[part])
                 if weight_grad and grad is not None:
                     grad_weight = add_product(grad_weight, grad.t(), chunk, wide)
         if weight_grad and grad_weight is None:  # no rows
@@ -306,9 +321,4 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, *([None] * 5)
+        return *scaled_gradients(ctx, grad_loss), *([None] * 5)

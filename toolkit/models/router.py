@@ -154,5 +154,10 @@ def combine_layers(layers: Sequence[RouterSums], num_layers: int) -> RouterSums:
     return RouterSums(balance.sum() / num_layers, z.sum() / num_layers, load)
 
 
+def added_routers(parts: Sequence[RouterSums]) -> RouterSums:
+    """The sums over all parts of a batch."""
+    return RouterSums(*(torch.stack(values).sum(0) for values in zip(*parts, strict=True)))
+
+
 def router_loss(sums: RouterSums, moe: MoEConfig) -> Tensor:
     return moe.load_balancing_multiplier * sums.balance + moe.router_z_loss_multiplier * sums.z

@@ -14,7 +14,7 @@ from toolkit.distributed.engine import Microbatch
 from toolkit.distributed.environment import TrainingEnvironment
 from toolkit.errors import CheckpointError
 from toolkit.models.distillation import DistillationLoss, GiveRows
-from toolkit.models.router import RouterSums
+from toolkit.models.router import RouterSums, added_routers
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch
 from toolkit.train.module import Metric
@@ -117,8 +117,7 @@ class DistillTrainModule(TransformerTrainModule):
             "divergence": Metric(divergence, "sum"),
         }
         if routers:
-            sums = RouterSums(*(torch.stack(each).sum(0) for each in zip(*routers, strict=True)))
-            metrics |= self._router_metrics(sums, count)
+            metrics |= self._router_metrics(added_routers(routers), count)
         return metrics
 
 

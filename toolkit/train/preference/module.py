@@ -17,7 +17,7 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.models.log_probs import TokenLogProbs, TokenValues
 from toolkit.models.lora import adapters_off
 from toolkit.models.loss import IGNORE_INDEX
-from toolkit.models.router import RouterSums
+from toolkit.models.router import RouterSums, added_routers
 from toolkit.train.config import TransformerTrainModuleConfig
 from toolkit.train.eval_sums import Batch, EvalSums
 from toolkit.train.module import Metric
@@ -115,8 +115,7 @@ class PreferenceTrainModule(TransformerTrainModule):
         if kl is not None:
             metrics["kl"] = Metric(kl)
         if routers:
-            sums = RouterSums(*(torch.stack(each).sum(0) for each in zip(*routers, strict=True)))
-            metrics |= self._router_metrics(sums, counts["targets"])
+            metrics |= self._router_metrics(added_routers(routers), counts["targets"])
         return metrics
 
     @torch.no_grad()
