@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from tests.distributed.whole import put_together
 from tests.tiny import VOCAB, module_config, open_environment
 from tests.workers import WorkerPool
 from toolkit.distributed import fully_sharded
@@ -20,7 +21,7 @@ from toolkit.distributed.config import (
     PipelineParallelConfig,
     TensorParallelConfig,
 )
-from toolkit.distributed.shards import local_boxes, local_tensor
+from toolkit.distributed.shards import local_boxes
 from toolkit.models.config import TransformerConfig
 from toolkit.models.init import canonical_parameters
 from toolkit.models.layer_configs import DeltaNetConfig, MoEConfig
@@ -94,18 +95,9 @@ def whole_gradients(module: TransformerTrainModule, names: list[str]) -> dict[st
     own = engine.gradient_shards()
     parameters: dict[str, Any] = canonical_parameters(engine.module)
     for name, shape in names_and_shapes(module, names):
-        total, times = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape)
-        if name in own:
-            for offsets, sizes, position in local_boxes(parameters[name], engine.shards[name]):
-                place = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-                flat = local_tensor(own[name]).reshape(-1)
-                length = torch.Size(sizes).numel()
-                total[place] = flat[position : position + length].view(sizes).double()
-                times[place] = 1.0
-        if dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(times)
-        gradients[name] = total / times
+        has = name in own
+        boxes = local_boxes(parameters[name], engine.shards[name]) if has else []
+        gradients[name] = put_together(shape, own.get(name), boxes)
     return gradients
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from tests.distributed.whole import put_together
 from tests.tiny import build, module_config, open_environment, train_steps
 from tests.workers import WorkerPool
 from toolkit.distributed.config import (
@@ -35,18 +35,9 @@ def whole_weights(module: Any) -> dict[str, torch.Tensor]:
     engine, weights = module.engine, {}
     parameters: dict[str, Any] = canonical_parameters(engine.module)
     for name, spec in engine.shards.items():
-        total, times = torch.zeros(spec.shape, dtype=torch.float64), torch.zeros(spec.shape)
-        boxes = local_boxes(parameters[name], spec) if name in parameters else []
-        for offsets, sizes, position in boxes:
-            place = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-            flat = local_tensor(parameters[name].detach()).reshape(-1)
-            length = torch.Size(sizes).numel()
-            total[place] = flat[position : position + length].view(sizes).double()
-            times[place] = 1.0
-        if dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(times)
-        weights[name] = total / times
+        own = parameters.get(name)
+        boxes = [] if own is None else local_boxes(own, spec)
+        weights[name] = put_together(spec.shape, None if own is None else own.detach(), boxes)
     return weights
 
 
